@@ -1,0 +1,257 @@
+"""The meta-model p_theta(r, o' | a, h) and the network all of M3PO is made of (paper Sec. 6, Fig. 5).
+
+    tokens of h --> GRU --> z (5 units) --+
+                               o (and a) -+--> MLP --> outputs       `HistoryNet`, E members at once
+
+`MetaModel` has three verbs: `fit` it to D_env (Algorithm 2, line 3), `sample` one imagined step
+(line 8), and `validate` what it knows on rows it never trained on.
+
+Axis letters: E members, B batch, T time (tokens, newest last), D token, H = z units.
+What a token is, and which tokens a history holds: the history contract in rollouts.py.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class HistoryNet(nn.Module):
+    """E independent copies of GRU + MLP as one batched matmul per layer (leading member axis).
+
+    forward(tokens [T, B, D] or [E, T, B, D], mask [T, B] or [E, T, B], x [B, I] or [E, B, I])
+    -> [E, B, out]. Only the first token_dim entries of a token are read, so that O + A hides the
+    reward; 0 makes the net blind: no GRU, the plain MLP of MBPO and SAC.
+    `member` selects members: an index tensor, or all of them.
+    """
+
+    def __init__(self, members, token_dim, in_dim, out_dim, widths=(400, 400), z_dim=5):
+        super().__init__()
+        self.token_dim, self.z_dim = token_dim, z_dim if token_dim else 0
+        uniform = lambda *shape, fan: nn.Parameter(torch.empty(shape).uniform_(-1, 1) / fan**0.5)
+        if token_dim:
+            H = z_dim  # torch.nn.GRU's init and equations, its gates in the order r, z, n
+            self.w_x = uniform(members, token_dim, 3 * H, fan=H)
+            self.w_h = uniform(members, H, 3 * H, fan=H)
+            self.b_x = uniform(members, 1, 3 * H, fan=H)
+            self.b_h = uniform(members, 1, 3 * H, fan=H)
+        sizes = [self.z_dim + in_dim, *widths, out_dim]
+        self.w = nn.ParameterList(uniform(members, i, o, fan=i) for i, o in zip(sizes, sizes[1:]))
+        self.b = nn.ParameterList(uniform(members, 1, o, fan=i) for i, o in zip(sizes, sizes[1:]))
+
+    @staticmethod
+    def pick(member, *params):
+        return params if member is None else [p[member] for p in params]
+
+    def encode(self, tokens, mask, member=None):
+        """z [E, B, H]: the GRU's state after the newest token; 0 where there is no token."""
+        T, B = tokens.shape[-3:-1]
+        H = self.z_dim
+        w_x, w_h, b_x, b_h = self.pick(member, self.w_x, self.w_h, self.b_x, self.b_h)
+        h = tokens.new_zeros(len(w_x), B, H)
+        x = torch.where(mask[..., None], tokens[..., :self.token_dim], 0.0)
+        x = x.flatten(-3, -2)  # all T tokens in one matmul
+        x = (x @ w_x + b_x).unflatten(1, (T, B))  # [E, T, B, 3H], gates in the order r, z, n
+        # Even a zero token moves a GRU, by its biases. A masked one must leave the state as it is,
+        # here 0: hold its update gate shut at 1.
+        shut = (~mask).to(x.dtype) * 1e4  # sigmoid(1e4) is exactly 1
+        x_rz, x_n = x.split([2 * H, H], -1)
+        x_rz = x_rz + torch.cat([torch.zeros_like(x_n), shut[..., None].expand_as(x_n)], -1)
+        for x_rz, x_n in zip(x_rz.unbind(1), x_n.unbind(1)):  # unbind: one backward for all steps
+            h_rz, h_n = torch.baddbmm(b_h, h, w_h).split([2 * H, H], -1)
+            r, z = torch.sigmoid(x_rz + h_rz).split(H, -1)
+            n = torch.tanh(torch.addcmul(x_n, r, h_n))
+            h = torch.lerp(n, h, z)  # (1 - z) n + z h; exactly h at z = 1
+        return h
+
+    def forward(self, tokens, mask, x, member=None):
+        w, b = self.pick(member, *self.w), self.pick(member, *self.b)
+        x = x.expand(len(w[0]), *x.shape[-2:])
+        if self.token_dim:
+            x = torch.cat([self.encode(tokens, mask, member), x], -1)  # [E, B, H + I]
+        for w_i, b_i in zip(w[:-1], b[:-1]):
+            x = F.silu(torch.baddbmm(b_i, x, w_i))  # [E, B, width]
+        return torch.baddbmm(b[-1], x, w[-1])  # [E, B, out]
+
+
+def gaussian_nll(mean, logvar, target):
+    """Negative log-likelihood per output, in nats: 0.5 (log 2 pi var + (y - mean)^2 / var)."""
+    return 0.5 * (math.log(2 * math.pi) + logvar + (target - mean) ** 2 * torch.exp(-logvar))
+
+
+class MetaModel(nn.Module):
+    """B bootstrap members predicting (r, o' - o) as diagonal Gaussians (paper Sec. 6).
+
+    token_dim = 0 gives M2PO's model (App. A.9), MBPO's feed-forward ensemble that sees o and a
+    alone: 7 members, of which the `elites` = 5 with the lowest hold-out error are sampled from.
+    """
+
+    def __init__(self, obs_dim, act_dim, members=3, widths=(400, 400), z_dim=5, token_dim=None,
+                 elites=None, lr=1e-3, batch_size=256, beta_nll=0.5, reward_weight=None,
+                 patience=5, least_steps=20, max_passes=200, max_holdout=5_000):
+        super().__init__()
+        O, A = obs_dim, act_dim
+        self.obs_dim, self.act_dim = O, A
+        token_dim = O + A + 1 if token_dim is None else token_dim
+        self.net = HistoryNet(members, token_dim, O + A, 2 * (O + 1), widths, z_dim)
+        self.max_logvar = nn.Parameter(torch.full((members, 1, O + 1), 0.5))  # PETS' soft bounds
+        self.min_logvar = nn.Parameter(torch.full((members, 1, O + 1), -10.0))
+        # What is sampled from: all members, or the best few of them.
+        self.elites = elites or members
+        self.register_buffer("elite", torch.arange(self.elites))
+        for name, n in (("token", O + A + 1), ("target", O + 1)):  # statistics of all of D_env
+            self.register_buffer(f"{name}_mean", torch.zeros(n))
+            self.register_buffer(f"{name}_std", torch.ones(n))
+        # beta-NLL 0.5 and a reward that weighs as much as all O observations (README, deviations);
+        # beta 0 and weight 1 are the paper's literal likelihood, which does not find the task.
+        self.beta_nll = beta_nll
+        weight = torch.ones(O + 1)
+        weight[0] = O if reward_weight is None else reward_weight
+        self.register_buffer("weight", weight / weight.sum())
+        self.batch_size, self.patience, self.least_steps = batch_size, patience, least_steps
+        self.max_passes, self.max_holdout = max_passes, max_holdout
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=lr, fused=True)
+
+    def standardise(self, tokens):
+        return ((tokens - self.token_mean) / self.token_std).clamp(-10, 10)
+
+    def standardise_step(self, obs, actions):
+        """x = (o, a) [B, O + A], scaled as in the tokens."""
+        x = torch.cat([obs, actions], -1)
+        return ((x - self.token_mean[:-1]) / self.token_std[:-1]).clamp(-10, 10)
+
+    def predict_mean(self, tokens, mask, obs, actions):
+        """What all sampled-from members predict for raw inputs: mean, log-variance [E, B, O + 1] of
+        the standardised (r, o' - o)."""
+        return self.predict(self.standardise(tokens), mask, self.standardise_step(obs, actions),
+                            self.chosen())
+
+    def chosen(self):
+        """The members that are sampled from; None is all of them, at no copy of their weights."""
+        return None if self.elites == len(self.min_logvar) else self.elite
+
+    def predict(self, tokens, mask, x, member=None):
+        """Mean and log-variance [E, B, O + 1] of the standardised (r, o' - o), from standardised
+        tokens and x = (o, a), by all members or those selected."""
+        mean, logvar = self.net(tokens, mask, x, member).chunk(2, -1)
+        low, high = self.net.pick(member, self.min_logvar, self.max_logvar)
+        logvar = high - F.softplus(high - logvar)
+        return mean, low + F.softplus(logvar - low)
+
+    @torch.no_grad()
+    def sample(self, tokens, mask, obs, actions):
+        """(r [B], o' [B, O]) ~ p_theta(. | a, h): a uniformly drawn member per row, its Gaussian.
+
+        tokens [L, B, D], mask [L, B], obs [B, O], actions [B, A]. The rows are dealt to the
+        members in equal shares by a random permutation: each row's member is uniform, and the
+        ensemble stays one batched matmul over B / E rows per member instead of B.
+        """
+        B, E = len(obs), self.elites
+        seats = torch.randperm(-(-B // E) * E, device=obs.device)  # seat -> row
+        rows = seats.clamp(max=B - 1).view(E, -1)  # the last row fills the spare seats
+        tokens, x = self.standardise(tokens), self.standardise_step(obs, actions)
+        mean, logvar = self.predict(tokens[:, rows].transpose(0, 1), mask[:, rows].transpose(0, 1),
+                                    x[rows],  # [E, L, B / E, D], [E, L, B / E], [E, B / E, O + A]
+                                    self.chosen())
+        y = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+        y = y.flatten(0, 1)[torch.argsort(seats)[:B]] * self.target_std + self.target_mean
+        return y[:, 0], obs + y[:, 1:]
+
+    def loss(self, tokens, mask, x, y):
+        """beta-NLL of standardised targets y [E, B, O + 1] (Seitzer et al. 2022): each term times
+        its own detached variance^beta, so that an output not explained yet still pulls."""
+        mean, logvar = self.predict(tokens, mask, x)
+        nll = gaussian_nll(mean, logvar, y) * torch.exp(self.beta_nll * logvar.detach())
+        bounds = 0.01 * (self.max_logvar - self.min_logvar).sum()
+        return (nll * self.weight).sum(-1).mean(1).sum() + bounds / len(self.weight)
+
+    def standardised(self, batch):
+        """A Batch as inputs and targets: tokens [L, B, D], mask, x [B, O + A], y [B, O + 1]."""
+        obs, _, rewards = batch.split(self.obs_dim)
+        tokens = self.standardise(batch.tokens)
+        y = torch.cat([rewards[:, None], batch.next_obs - obs], -1)
+        return (tokens[:-1], batch.mask[:-1], tokens[-1, :, :-1],
+                (y - self.target_mean) / self.target_std)
+
+    def update_statistics(self, env_buffer):
+        kept = slice(0, len(env_buffer))  # a ring that is not full is filled from slot 0
+        tokens, next_obs = env_buffer.tokens[kept], env_buffer.next_obs[kept]
+        O = self.obs_dim
+        target = torch.cat([tokens[:, -1:], next_obs - tokens[:, :O]], -1)
+        for name, data in (("token", tokens), ("target", target)):
+            std, mean = torch.std_mean(data, 0, correction=0)
+            getattr(self, f"{name}_mean").copy_(mean)
+            # A constant dimension stays what it is, centred: never a division by zero.
+            getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, 1.0))
+
+    def fit(self, env_buffer):
+        """theta <- argmax of the (beta-weighted) likelihood of D_env (Algorithm 2, line 3).
+
+        Each member trains on its own bootstrap resample, drawn once per fit, until none improved
+        its hold-out error by more than 1 % for `patience` passes; each returns to its best weights.
+        """
+        if len(env_buffer) == 0:
+            raise ValueError("D_env holds no rows to fit the meta-model to")
+        self.update_statistics(env_buffer)
+        train, E = env_buffer.rows(holdout=False), len(self.min_logvar)
+        if len(train) == 0:  # a handful of rows, all drawn into the hold-out
+            train = env_buffer.rows(holdout=True)
+        resample = train[torch.randint(len(train), (E, len(train)), device=train.device)]
+        best_error = self.validate(env_buffer)["member_error"]
+        best = [p.detach().clone() for p in self.parameters()]
+        passes = waited = 0
+        while waited < self.patience and passes < self.max_passes:
+            # While data is scarce a pass is a step or two; then several make up one, of
+            # `least_steps` steps, or five passes of patience would be over before learning began.
+            again = -(-self.least_steps // -(-len(train) // self.batch_size))
+            order = [torch.argsort(torch.rand(resample.shape, device=train.device), 1)
+                     for _ in range(again)]
+            for rows in (rows for o in order for rows in resample.gather(1, o).split(self.batch_size, 1)):
+                tokens, mask, x, y = self.standardised(env_buffer.batch(rows.flatten()))
+                by_member = lambda t: t.unflatten(-2, rows.shape)
+                loss = self.loss(by_member(tokens).transpose(0, 1),  # [E, L, b, D]
+                                 mask.unflatten(-1, rows.shape).transpose(0, 1),
+                                 by_member(x), by_member(y))
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+            passes += 1
+            error = self.validate(env_buffer)["member_error"]
+            if not torch.isfinite(error).all():
+                raise FloatingPointError("the meta-model's loss is not finite")
+            better = error < 0.99 * best_error  # [E]; False for NaN
+            best_error = torch.where(better, error, best_error)
+            for b, p in zip(best, self.parameters()):
+                b.copy_(torch.where(better.view(-1, *[1] * (p.dim() - 1)), p.detach(), b))
+            waited = 0 if better.any() else waited + 1
+        with torch.no_grad():
+            for b, p in zip(best, self.parameters()):
+                p.copy_(b)
+        self.elite.copy_(torch.argsort(best_error)[:self.elites])
+        found = self.validate(env_buffer)
+        found["nll_train"] = self.validate(env_buffer, holdout=False)["nll"]
+        names = ("nll", "nll_train", "explained_reward", "explained_obs")
+        return {"passes": passes} | {name: found[name].item() for name in names}
+
+    @torch.no_grad()
+    def validate(self, env_buffer, holdout=True):
+        """On rows never trained on (or on the others): each member's weighted squared error, the ensemble's NLL per
+        transition (nats, in standardised units; eps_m of Fig. 11), and the share of the variance of
+        reward and observation change that its mean explains (0 = blind, 1 = perfect)."""
+        rows = env_buffer.rows(holdout)
+        if len(rows) == 0:
+            rows = env_buffer.rows(not holdout)
+        if len(rows) > self.max_holdout:  # evenly over the run, the same rows at every pass
+            rows = rows[torch.linspace(0, len(rows) - 1, self.max_holdout, device=rows.device).long()]
+        tokens, mask, x, y = self.standardised(env_buffer.batch(rows))
+        mean, logvar = self.predict(tokens, mask, x)  # [E, B, O + 1]
+        member_error = ((mean - y) ** 2 * self.weight).sum(-1).mean(-1)  # [E]
+        log_members = -gaussian_nll(mean, logvar, y).sum(-1)[self.elite]  # [E, B]
+        nll = -(torch.logsumexp(log_members, 0) - math.log(self.elites)).mean()
+        residual = ((mean[self.elite].mean(0) - y) ** 2).mean(0)
+        explained = 1 - residual / y.var(0, correction=0).clamp(min=1e-8)  # [O + 1]
+        varies = y[:, 1:].var(0, correction=0) > 1e-8
+        obs = torch.where(varies, explained[1:], 0).sum() / varies.sum().clamp(min=1)
+        return {"member_error": member_error, "nll": nll, "explained_reward": explained[0],
+                "explained_obs": obs}

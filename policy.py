@@ -1,0 +1,152 @@
+"""The meta-policy: soft actor-critic on histories (paper Sec. 6, "the policy is implemented as").
+
+    pi_phi(a | h_L)    tanh-squashed diagonal Gaussian, a in [-1, 1]      HistoryNet, 1 member
+    Q_1, Q_2 (h_L, a)  twin soft Q-functions and their slow targets       HistoryNet, 2 members each
+
+One update is four functions, one equation each: `critic_loss`, `actor_loss`, `temperature_loss` and
+the targets' lerp in `update`. Adapting to a new task is none of them: it is the GRU's state z moving
+as new tokens enter the window. No gradient, no task id.
+
+Axis letters and the history contract: rollouts.py. Lineage: SAC (Haarnoja et al. 2018) as in MBPO.
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import HistoryNet
+
+LOG_STD_MIN, LOG_STD_MAX = -10, 2
+LOGGED = ("q_loss", "actor_loss", "q_mean", "td_error", "entropy")  # what one update returns
+
+
+class MetaPolicy(nn.Module):
+    """Policy, twin Q, targets and temperature with their optimizers."""
+
+    def __init__(self, obs_dim, act_dim, token_dim=None, widths=(400, 400), z_dim=5, gamma=0.99,
+                 tau=0.005, lr=3e-4, alpha=None, alpha_init=0.1, target_entropy=None):
+        """alpha: a fixed temperature (1.0 is the paper's literal objective); None tunes it."""
+        super().__init__()
+        O, A = obs_dim, act_dim
+        token_dim = O + A + 1 if token_dim is None else token_dim
+        self.obs_dim, self.act_dim, self.gamma, self.tau = O, A, gamma, tau
+        self.actor = HistoryNet(1, token_dim, O, 2 * A, widths, z_dim)
+        self.qf = HistoryNet(2, token_dim, O + A, 1, widths, z_dim)
+        self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
+        # The nets see tokens and observations standardised by the meta-model's statistics of D_env.
+        self.register_buffer("token_mean", torch.zeros(O + A + 1))
+        self.register_buffer("token_std", torch.ones(O + A + 1))
+        self.target_entropy = -A / 2 if target_entropy is None else target_entropy  # MBPO
+        self.tune_alpha = alpha is None
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(alpha_init if alpha is None else alpha)))
+        adam = lambda params: torch.optim.Adam(params, lr=lr, fused=True)
+        self.q_optimizer = adam(self.qf.parameters())
+        self.actor_optimizer = adam(self.actor.parameters())
+        self.alpha_optimizer = adam([self.log_alpha])
+
+    def compile_losses(self):
+        """Fuse the many small kernels of the GRU's steps: the same equations, compiled once."""
+        self.critic_loss = torch.compile(self.critic_loss, dynamic=False)
+        self.actor_loss = torch.compile(self.actor_loss, dynamic=False)
+
+    def use_statistics(self, model):
+        self.token_mean.copy_(model.token_mean)
+        self.token_std.copy_(model.token_std)
+
+    def standardise(self, tokens, obs):
+        O = self.obs_dim
+        return (((tokens - self.token_mean) / self.token_std).clamp(-10, 10),
+                ((obs - self.token_mean[:O]) / self.token_std[:O]).clamp(-10, 10))
+
+    # ---- acting -----------------------------------------------------------------------------
+
+    def distribution(self, tokens, mask, obs):
+        """Mean and log-std [B, A] of the Gaussian before the tanh; standardised inputs."""
+        mean, log_std = self.actor(tokens, mask, obs)[0].chunk(2, -1)
+        return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+
+    def sample(self, tokens, mask, obs, noise):
+        """a = tanh(mean + std * noise) [B, A] and log pi(a | h) [B]; gradients flow through both."""
+        mean, log_std = self.distribution(tokens, mask, obs)
+        u = mean + log_std.exp() * noise
+        # log N(u) minus the log of tanh's slope, log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u))
+        logp = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+        logp = logp - 2 * (math.log(2) - u - F.softplus(-2 * u))
+        return torch.tanh(u), logp.sum(-1)
+
+    @torch.no_grad()
+    def act(self, tokens, mask, obs, deterministic=False):
+        """Actions [B, A] in [-1, 1] for histories tokens [L, B, D], mask [L, B], obs [B, O]."""
+        tokens, obs = self.standardise(tokens, obs)
+        mean, log_std = self.distribution(tokens, mask, obs)
+        return torch.tanh(mean if deterministic else mean + log_std.exp() * torch.randn_like(mean))
+
+    def log_prob(self, batch):
+        """log pi(a_t | h_t) [B] of a Batch's own actions, those at the bounds moved inside."""
+        _, actions, _ = batch.split(self.obs_dim)
+        tokens, obs = self.standardise(batch.tokens, batch.tokens[-1, :, :self.obs_dim])
+        mean, log_std = self.distribution(tokens[:-1], batch.mask[:-1], obs)
+        u = torch.atanh(actions.clamp(-1 + 1e-5, 1 - 1e-5))
+        logp = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+        return (logp - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
+
+    # ---- learning: Algorithm 2, lines 10-12 ---------------------------------------------------
+
+    def critic_loss(self, batch, noise):
+        """Q(a_t, h_t) -> y = r_t + gamma (1 - d_t) [min_i Q'_i(a', h_{t+1}) - alpha log pi(a'|h_{t+1})]
+
+        (Sec. 6, Q and V). Only termination cuts the bootstrap: d_t is never a time limit.
+        """
+        _, actions, rewards = batch.split(self.obs_dim)
+        tokens, next_obs = self.standardise(batch.tokens, batch.next_obs)
+        obs = tokens[-1, :, :self.obs_dim]
+        with torch.no_grad():
+            history = tokens[1:], batch.mask[1:]  # h_{t+1} has seen step t's own token
+            next_actions, next_logp = self.sample(*history, next_obs, noise)
+            q_next = self.qf_target(*history, torch.cat([next_obs, next_actions], -1))
+            v_next = q_next.amin(0).squeeze(-1) - self.log_alpha.exp() * next_logp  # [B]
+            y = rewards + self.gamma * (1 - batch.terminated) * v_next
+        q = self.qf(tokens[:-1], batch.mask[:-1], torch.cat([obs, actions], -1)).squeeze(-1)
+        assert q.shape == (2, *y.shape)
+        error = q - y  # the TD error of both Qs (Fig. 17)
+        return (error**2).mean(-1).sum(), q.detach().mean(), error.detach().abs().mean()
+
+    def actor_loss(self, batch, noise):
+        """J(phi) = E[alpha log pi(a|h) - min_i Q_i(a, h)], a ~ pi: KL(pi || exp(Q - V)) of Sec. 6."""
+        tokens, obs = self.standardise(batch.tokens, batch.tokens[-1, :, :self.obs_dim])
+        history = tokens[:-1], batch.mask[:-1]
+        actions, logp = self.sample(*history, obs, noise)
+        q = self.qf(*history, torch.cat([obs, actions], -1)).amin(0).squeeze(-1)  # [B]
+        return (self.log_alpha.exp().detach() * logp - q).mean(), logp.detach()
+
+    def temperature_loss(self, logp):
+        """alpha rises while the entropy -log pi is below its target (SAC, Sec. 5 of its sequel)."""
+        return -(self.log_alpha.exp() * (logp + self.target_entropy)).mean()
+
+    def update(self, batch, noise):
+        """One policy update on a Batch with standard normal noise [2, B, A]. Returns a tensor of
+        LOGGED, so that nothing here waits for the GPU."""
+        q_loss, q_mean, td_error = self.critic_loss(batch, noise[0])
+        self.q_optimizer.zero_grad()
+        q_loss.backward()
+        self.q_optimizer.step()
+
+        self.qf.requires_grad_(False)  # the actor's gradient passes through Q and changes nothing
+        actor_loss, logp = self.actor_loss(batch, noise[1])
+        self.actor_optimizer.zero_grad()
+        actor_loss.backward()
+        self.actor_optimizer.step()
+        self.qf.requires_grad_(True)
+
+        if self.tune_alpha:
+            self.alpha_optimizer.zero_grad()
+            self.temperature_loss(logp).backward()
+            self.alpha_optimizer.step()
+
+        with torch.no_grad():  # Q' <- (1 - tau) Q' + tau Q
+            torch._foreach_lerp_(list(self.qf_target.parameters()), list(self.qf.parameters()),
+                                 self.tau)
+        return torch.stack([q_loss.detach(), actor_loss.detach(), q_mean, td_error, -logp.mean()])
