@@ -78,9 +78,9 @@ def policy_divergence(policy, D_env, widths, seed, steps=500, batch_size=256):
             clone.actor_optimizer.step()
         with torch.no_grad():
             batch = D_env.sample(4_096)
-            tokens, obs = policy.standardise(batch.tokens, batch.tokens[-1, :, :policy.obs_dim])
-            (m, s), (n, q) = (p.distribution(tokens[:-1], batch.mask[:-1], obs)
-                              for p in (policy, clone))  # means and log-stds [B, A]
+            history = batch.tokens[:-1], batch.mask[:-1], batch.split(policy.obs_dim)[0]
+            m, s = policy.distribution(*history)  # means and log-stds [B, A]
+            n, q = clone.distribution(*history)
             kl = q - s + (torch.exp(2 * s) + (m - n) ** 2) / (2 * torch.exp(2 * q)) - 0.5
             return kl.sum(-1).mean().item()
 

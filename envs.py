@@ -44,10 +44,17 @@ plots and tests):
 import copy
 import functools
 import math
+import os
 
 import gymnasium as gym
-import mujoco
 import numpy as np
+
+# `import mujoco` fails where MUJOCO_GL names a backend that is not there, and training draws nothing.
+asked_gl = os.environ.pop("MUJOCO_GL", None)
+import mujoco
+
+if asked_gl is not None:
+    os.environ["MUJOCO_GL"] = asked_gl
 from gymnasium.envs.mujoco.ant_v5 import AntEnv
 from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
 from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv

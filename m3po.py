@@ -38,7 +38,6 @@ from datetime import datetime
 from pathlib import Path
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -53,7 +52,7 @@ from rollouts import Batch, EnvBuffer, LiveHistory, ModelBuffer
 # Table 2 and METHOD's reading of it; what is not named here is the same for every env. Any other
 # env, your own included, starts from "default".
 DEFAULTS = {
-    "default": dict(N=200, E=1_000, M=1_000, G=40, L=10, width=400, warmup=1_000, fit_every=250,
+    "default": dict(N=200, E=1_000, M=1_000, G=40, L=10, width=400, warmup=1_000, fit_every=250, retain=100,
                     lr=3e-4, target_entropy=None),
     "point-fwd-bwd": dict(N=20, E=200, M=200, G=4, L=3, width=64, warmup=200, fit_every=100,
                           lr=1e-3, target_entropy=-2.0),
@@ -127,11 +126,14 @@ def build_parser():
                    help="env steps between model fits (250; toy 100; the paper: E)")
     g.add_argument("--model-lr", type=positive, default=1e-3, help="Adam step size (0.001)")
     g.add_argument("--model-batch", type=count, default=256, help="rows per gradient step (256)")
+    g.add_argument("--max-passes", type=count, default=200,
+                   help="most passes over D_env per fit, where the hold-out error has not stopped it (200)")
     g.add_argument("--beta-nll", type=share, default=0.5,
                    help="0 is the paper's likelihood, see the README's deviations (0.5)")
     g.add_argument("--reward-weight", type=positive,
                    help="weight of the reward beside 1 per observation (default: obs dims)")
-    g.add_argument("--retain", type=count, default=1, help="epochs of rollouts kept in D_model (1)")
+    g.add_argument("--retain", type=count, metavar="STEPS",
+                   help="env steps whose rollouts D_model keeps (100; the lineage MBPO: E)")
     g.add_argument("--env-capacity", type=count, default=1_000_000,
                    help="most env steps kept in D_env (1000000)")
 
@@ -282,22 +284,23 @@ def evaluate(policy, eval_envs, env_seeds, L, device):
     return {name: np.stack(rows) for name, rows in log.items()}
 
 
-def summarise(episodes, gamma):
-    """Returns and lengths per episode, and how fast the agent adapts, from evaluate's arrays."""
+def summarise(episodes, gamma, early=50):
+    """Returns and lengths per episode, and how fast the agent adapts, from evaluate's arrays: the
+    reward per step in the first `early` steps after a switch against the rest."""
     reward = episodes["reward"]
     discount = gamma ** np.arange(len(reward))[:, None]
     returns = np.nansum(reward, 0)
     lengths = np.isfinite(reward).sum(0)
     # Time since a real switch; the start of an episode is not one.
     after = np.cumsum(np.nan_to_num(episodes["switched"]), 0) > 0
-    early = after & (episodes["since"] < 50)
+    just_after = after & (episodes["since"] < early)
     mean = lambda values: float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
     return returns, lengths, {
         "eval_return_mean": float(returns.mean()), "eval_return_std": float(returns.std()),
         "eval_length_mean": float(lengths.mean()),
         "eval_discounted_return": float(np.nansum(discount * reward, 0).mean()),
-        "eval_reward_after_switch": mean(np.where(early, reward, np.nan)),
-        "eval_reward_otherwise": mean(np.where(early, np.nan, reward)),
+        "eval_reward_after_switch": mean(np.where(just_after, reward, np.nan)),
+        "eval_reward_otherwise": mean(np.where(just_after, np.nan, reward)),
         "eval_right_way": mean(episodes["right_way"]),
     }
 
@@ -333,7 +336,7 @@ def versions():
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                             capture_output=True, text=True, check=False)
     return {"python": platform.python_version(), "torch": torch.__version__,
-            "gymnasium": gym.__version__, "mujoco": mujoco.__version__, "numpy": np.__version__,
+            "gymnasium": gym.__version__, "mujoco": envs.mujoco.__version__, "numpy": np.__version__,
             "commit": commit.stdout.strip() or "unknown"}
 
 
@@ -343,12 +346,13 @@ def describe(args, env, p):
     per_epoch = (f"{args.E:,} env steps, {args.E * args.M:,} model rollouts of k={args.k}, "
                  f"{args.E * args.G:,} policy updates")
     period = getattr(inner, "switch_every", None)
+    own = "the env's own"
     note = "" if envs.termination_known(env) else " (unknown to the model: branches never end)"
     return "\n".join([
         f"env          {args.env}{' + oracle' if args.oracle else ''}: "
         f"obs {env.observation_space.shape[0]}, actions {env.action_space.shape[0]} in [-1, 1]",
-        f"reward       {getattr(inner, 'reward_text', 'the env own')}",
-        f"terminated   {getattr(inner, 'termination_text', 'the env own')}{note}",
+        f"reward       {getattr(inner, 'reward_text', own)}",
+        f"terminated   {getattr(inner, 'termination_text', own)}{note}",
         f"hidden task  {f'redrawn every {period} env steps' if period else 'no switch in an episode'}",
         f"one epoch    {per_epoch}; {args.N} epochs",
         f"device       {args.device}, {torch.get_num_threads()} threads, seed {args.seed}",
@@ -417,7 +421,8 @@ def build(args, env, device):
     if args.model == "mlp":  # M2PO: MBPO's ensemble
         shape = dict(members=7, elites=5, widths=(200,) * 4, token_dim=0)
     model = MetaModel(O, A, **shape, lr=args.model_lr, batch_size=args.model_batch,
-                      beta_nll=args.beta_nll, reward_weight=args.reward_weight).to(device)
+                      beta_nll=args.beta_nll, reward_weight=args.reward_weight,
+                      max_passes=args.max_passes).to(device)
     return policy, model
 
 
@@ -451,13 +456,14 @@ def act(policy, D_env, obs, warm, device):
 def real_step(env, D_env, p, args, obs, action):
     """Line 5: one step of the real env into D_env; returns the next observation to act on."""
     next_obs, reward, terminated, truncated, info = env.step(action)
-    p["actions"].append(action)
+    next_obs = np.array(next_obs)  # some envs return, and later change, an array of their own
+    p["actions"].append(action.tolist())  # float32 to float loses nothing
     if "fault" in info:  # the simulator failed: this transition is no data
         p["dropped"] += 1
         D_env.end_episode()
     else:
         D_env.add(obs, action, reward, next_obs, terminated, truncated)
-        p["train_return"] += reward
+        p["train_return"] += float(reward)
     if not (terminated or truncated):
         return next_obs
     p["train_returns"].append(p["train_return"])
@@ -468,9 +474,8 @@ def real_step(env, D_env, p, args, obs, action):
 def replay(env, p, args):
     """The observation at which the run stopped: the same seed, the same actions (checkpoint.py)."""
     obs, _ = env.reset(seed=seeds(args.seed, 0, p["episode"])[0])
-    p["actions"] = [np.array(a, np.float32) for a in p["actions"]]
     for action in p["actions"]:
-        obs, *_ = env.step(action)
+        obs, *_ = env.step(np.array(action, np.float32))
     return obs
 
 
@@ -490,11 +495,12 @@ def finish_epoch(args, p, policy, model, D_env, D_model, eval_envs, board, bar):
     is touched."""
     epoch, out = p["step"] // args.E, Path(args.out)
     row = {"epoch": epoch, "global_step": p["step"], "beta": share_of_model(args, epoch)}
-    if eval_envs and (epoch % args.eval_every == 0 or epoch == args.N):
+    if eval_envs and epoch % args.eval_every == 0:
         with clock(p["seconds"], "eval"):
             env_seeds = seeds(args.seed, 1, epoch, len(eval_envs))
             episodes = evaluate(policy, eval_envs, env_seeds, args.L, D_env.device)
-        returns, lengths, summary = summarise(episodes, args.gamma)
+        period = getattr(eval_envs[0].unwrapped, "switch_every", None) or 100
+        returns, lengths, summary = summarise(episodes, args.gamma, min(50, period // 2))
         append_csv(out / "eval.csv", ["global_step", "episode", "return", "length"],
                    episode_rows(p["step"], returns, lengths))
         row |= summary
@@ -516,7 +522,7 @@ def main(args, env, state=None):
     policy, model = build(args, env, device)  # line 1
     D_env = EnvBuffer(min(args.N * args.E, args.env_capacity), policy.obs_dim, policy.act_dim, args.L,
                       device)
-    D_model = ModelBuffer(D_env, args.M, args.k, args.E * args.retain, envs.termination_fn(env),
+    D_model = ModelBuffer(D_env, args.M, args.k, args.retain, envs.termination_fn(env),
                           full=args.rollout == "full")
     # Everything that changes from step to step and lies in none of these four.
     p = {"step": 0, "episode": 0, "actions": [], "train_return": 0.0, "train_returns": [],
@@ -581,7 +587,8 @@ def main(args, env, state=None):
 def load(folder, device="cpu"):
     """The trained agent of a run folder: (policy, model, env, args). See README for its use."""
     agent = checkpoint.read(Path(folder) / "agent.pt", "agent")
-    args = argparse.Namespace(**agent["flags"])
+    defaults = vars(build_parser().parse_args([]))  # of flags that are younger than the run
+    args = argparse.Namespace(**defaults | agent["flags"])
     env = make_env(args)
     policy, model = build(args, env, device)
     policy.load_state_dict(agent["policy"])

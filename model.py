@@ -202,12 +202,7 @@ class MetaModel(nn.Module):
         best = [p.detach().clone() for p in self.parameters()]
         passes = waited = 0
         while waited < self.patience and passes < self.max_passes:
-            # While data is scarce a pass is a step or two; then several make up one, of
-            # `least_steps` steps, or five passes of patience would be over before learning began.
-            again = -(-self.least_steps // -(-len(train) // self.batch_size))
-            order = [torch.argsort(torch.rand(resample.shape, device=train.device), 1)
-                     for _ in range(again)]
-            for rows in (rows for o in order for rows in resample.gather(1, o).split(self.batch_size, 1)):
+            for rows in self.one_pass(resample):  # [E, b]
                 tokens, mask, x, y = self.standardised(env_buffer.batch(rows.flatten()))
                 by_member = lambda t: t.unflatten(-2, rows.shape)
                 loss = self.loss(by_member(tokens).transpose(0, 1),  # [E, L, b, D]
@@ -220,7 +215,7 @@ class MetaModel(nn.Module):
             error = self.validate(env_buffer)["member_error"]
             if not torch.isfinite(error).all():
                 raise FloatingPointError("the meta-model's loss is not finite")
-            better = error < 0.99 * best_error  # [E]; False for NaN
+            better = error < 0.99 * best_error  # [E]
             best_error = torch.where(better, error, best_error)
             for b, p in zip(best, self.parameters()):
                 b.copy_(torch.where(better.view(-1, *[1] * (p.dim() - 1)), p.detach(), b))
@@ -234,11 +229,21 @@ class MetaModel(nn.Module):
         names = ("nll", "nll_train", "explained_reward", "explained_obs")
         return {"passes": passes} | {name: found[name].item() for name in names}
 
+    def one_pass(self, resample):
+        """Minibatches [E, b] of each member's resample [E, n], shuffled. While data is scarce a pass
+        would be a step or two, and five passes of patience over before learning began: then the
+        resample is gone through again, up to `least_steps` minibatches."""
+        again = -(-self.least_steps // -(-resample.shape[1] // self.batch_size))
+        shuffles = [torch.argsort(torch.rand(resample.shape, device=resample.device), 1)
+                    for _ in range(again)]
+        for shuffle in shuffles:
+            yield from resample.gather(1, shuffle).split(self.batch_size, 1)
+
     @torch.no_grad()
     def validate(self, env_buffer, holdout=True):
-        """On rows never trained on (or on the others): each member's weighted squared error, the ensemble's NLL per
-        transition (nats, in standardised units; eps_m of Fig. 11), and the share of the variance of
-        reward and observation change that its mean explains (0 = blind, 1 = perfect)."""
+        """On rows never trained on (or on the others): each member's weighted squared error, the
+        ensemble's NLL per transition (nats, in standardised units; eps_m of Fig. 11), and the share
+        of the variance of reward and observation change that its mean explains (0 = blind)."""
         rows = env_buffer.rows(holdout)
         if len(rows) == 0:
             rows = env_buffer.rows(not holdout)
@@ -251,7 +256,7 @@ class MetaModel(nn.Module):
         nll = -(torch.logsumexp(log_members, 0) - math.log(self.elites)).mean()
         residual = ((mean[self.elite].mean(0) - y) ** 2).mean(0)
         explained = 1 - residual / y.var(0, correction=0).clamp(min=1e-8)  # [O + 1]
-        varies = y[:, 1:].var(0, correction=0) > 1e-8
-        obs = torch.where(varies, explained[1:], 0).sum() / varies.sum().clamp(min=1)
-        return {"member_error": member_error, "nll": nll, "explained_reward": explained[0],
+        varies = y.var(0, correction=0) > 1e-8  # what never varies counts as not explained
+        obs = torch.where(varies[1:], explained[1:], 0).sum() / varies[1:].sum().clamp(min=1)
+        return {"member_error": member_error, "nll": nll, "explained_reward": explained[0] * varies[0],
                 "explained_obs": obs}

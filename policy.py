@@ -23,6 +23,13 @@ LOG_STD_MIN, LOG_STD_MAX = -10, 2
 LOGGED = ("q_loss", "actor_loss", "q_mean", "td_error", "entropy")  # what one update returns
 
 
+def squashed_log_prob(u, noise, log_std):
+    """log pi(tanh u) [B] for u = mean + std * noise: log N(u) minus the log of tanh's slope,
+    log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), which stays finite for large u."""
+    logp = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
+    return (logp - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
+
+
 class MetaPolicy(nn.Module):
     """Policy, twin Q, targets and temperature with their optimizers."""
 
@@ -61,37 +68,37 @@ class MetaPolicy(nn.Module):
         return (((tokens - self.token_mean) / self.token_std).clamp(-10, 10),
                 ((obs - self.token_mean[:O]) / self.token_std[:O]).clamp(-10, 10))
 
-    # ---- acting -----------------------------------------------------------------------------
+    # ---- the nets, all fed raw tokens [L, B, D], mask [L, B], obs [B, O] ------------------------
 
     def distribution(self, tokens, mask, obs):
-        """Mean and log-std [B, A] of the Gaussian before the tanh; standardised inputs."""
+        """Mean and log-std [B, A] of pi's Gaussian before the tanh."""
+        tokens, obs = self.standardise(tokens, obs)
         mean, log_std = self.actor(tokens, mask, obs)[0].chunk(2, -1)
         return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+
+    def q_values(self, qf, tokens, mask, obs, actions):
+        """[2, B], both Q(a, h)."""
+        tokens, obs = self.standardise(tokens, obs)
+        return qf(tokens, mask, torch.cat([obs, actions], -1)).squeeze(-1)
 
     def sample(self, tokens, mask, obs, noise):
         """a = tanh(mean + std * noise) [B, A] and log pi(a | h) [B]; gradients flow through both."""
         mean, log_std = self.distribution(tokens, mask, obs)
         u = mean + log_std.exp() * noise
-        # log N(u) minus the log of tanh's slope, log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u))
-        logp = -0.5 * noise**2 - log_std - 0.5 * math.log(2 * math.pi)
-        logp = logp - 2 * (math.log(2) - u - F.softplus(-2 * u))
-        return torch.tanh(u), logp.sum(-1)
+        return torch.tanh(u), squashed_log_prob(u, noise, log_std)
 
     @torch.no_grad()
     def act(self, tokens, mask, obs, deterministic=False):
-        """Actions [B, A] in [-1, 1] for histories tokens [L, B, D], mask [L, B], obs [B, O]."""
-        tokens, obs = self.standardise(tokens, obs)
+        """Actions [B, A] in [-1, 1]: drawn from pi, or tanh of its mean."""
         mean, log_std = self.distribution(tokens, mask, obs)
         return torch.tanh(mean if deterministic else mean + log_std.exp() * torch.randn_like(mean))
 
     def log_prob(self, batch):
         """log pi(a_t | h_t) [B] of a Batch's own actions, those at the bounds moved inside."""
-        _, actions, _ = batch.split(self.obs_dim)
-        tokens, obs = self.standardise(batch.tokens, batch.tokens[-1, :, :self.obs_dim])
-        mean, log_std = self.distribution(tokens[:-1], batch.mask[:-1], obs)
+        obs, actions, _ = batch.split(self.obs_dim)
+        mean, log_std = self.distribution(batch.tokens[:-1], batch.mask[:-1], obs)
         u = torch.atanh(actions.clamp(-1 + 1e-5, 1 - 1e-5))
-        logp = -0.5 * ((u - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
-        return (logp - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
+        return squashed_log_prob(u, (u - mean) / log_std.exp(), log_std)
 
     # ---- learning: Algorithm 2, lines 10-12 ---------------------------------------------------
 
@@ -100,26 +107,23 @@ class MetaPolicy(nn.Module):
 
         (Sec. 6, Q and V). Only termination cuts the bootstrap: d_t is never a time limit.
         """
-        _, actions, rewards = batch.split(self.obs_dim)
-        tokens, next_obs = self.standardise(batch.tokens, batch.next_obs)
-        obs = tokens[-1, :, :self.obs_dim]
+        obs, actions, rewards = batch.split(self.obs_dim)
         with torch.no_grad():
-            history = tokens[1:], batch.mask[1:]  # h_{t+1} has seen step t's own token
-            next_actions, next_logp = self.sample(*history, next_obs, noise)
-            q_next = self.qf_target(*history, torch.cat([next_obs, next_actions], -1))
-            v_next = q_next.amin(0).squeeze(-1) - self.log_alpha.exp() * next_logp  # [B]
+            history = batch.tokens[1:], batch.mask[1:], batch.next_obs  # h_{t+1}: has seen step t
+            next_actions, next_logp = self.sample(*history, noise)
+            q_next = self.q_values(self.qf_target, *history, next_actions).amin(0)
+            v_next = q_next - self.log_alpha.exp() * next_logp  # [B]
             y = rewards + self.gamma * (1 - batch.terminated) * v_next
-        q = self.qf(tokens[:-1], batch.mask[:-1], torch.cat([obs, actions], -1)).squeeze(-1)
+        q = self.q_values(self.qf, batch.tokens[:-1], batch.mask[:-1], obs, actions)
         assert q.shape == (2, *y.shape)
         error = q - y  # the TD error of both Qs (Fig. 17)
         return (error**2).mean(-1).sum(), q.detach().mean(), error.detach().abs().mean()
 
     def actor_loss(self, batch, noise):
         """J(phi) = E[alpha log pi(a|h) - min_i Q_i(a, h)], a ~ pi: KL(pi || exp(Q - V)) of Sec. 6."""
-        tokens, obs = self.standardise(batch.tokens, batch.tokens[-1, :, :self.obs_dim])
-        history = tokens[:-1], batch.mask[:-1]
-        actions, logp = self.sample(*history, obs, noise)
-        q = self.qf(*history, torch.cat([obs, actions], -1)).amin(0).squeeze(-1)  # [B]
+        history = batch.tokens[:-1], batch.mask[:-1], batch.split(self.obs_dim)[0]
+        actions, logp = self.sample(*history, noise)
+        q = self.q_values(self.qf, *history, actions).amin(0)  # [B]
         return (self.log_alpha.exp().detach() * logp - q).mean(), logp.detach()
 
     def temperature_loss(self, logp):

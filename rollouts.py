@@ -126,8 +126,8 @@ class EnvBuffer:
     def window(self, rows, shift=0, age=None):
         """Windows of h at the given absolute rows [B]: tokens [L, B, D], mask [L, B].
 
-        `shift` [B] moves the window that many tokens into the past's end: with shift s only slots
-        more than s steps back are real (slot i holds row - (i - s)); the caller fills the rest.
+        With `shift` [B] the newest `shift` slots are left empty, for imagined tokens, and the real
+        ones stand that much further back.
         """
         age = self.age[rows % self.capacity] if age is None else age
         back = self.back - shift  # [L, B] real steps back from `rows`
@@ -170,7 +170,8 @@ class EnvBuffer:
 
     def state_dict(self):
         kept = {name: getattr(self, name)[:len(self)].clone() for name in self.STATE}
-        return kept | {"total": self.total, "now": self.now, "held": self.held, "starts": self.starts}
+        return kept | {"total": self.total, "now": self.now, "held": self.held,
+                       "starts": list(self.starts)}
 
     def load_state_dict(self, state):
         """Into a buffer of the same capacity, or of a larger one while the ring was not full."""
@@ -204,12 +205,13 @@ class ModelBuffer:
 
     A branch of length k fills k consecutive blocks of its column, so the token imagined i steps
     earlier lies i blocks back, and older ones are in D_env: a row needs no copy of its window.
-    `order` lists, block by block, the columns that were alive; only those are ever sampled.
+    `order` lists, block by block, the columns that were alive and finite; what is written in the
+    others is never looked at.
     Blocks are overwritten oldest first, k at a time.
     """
 
     def __init__(self, env_buffer, M, k, steps, terminated_fn, full=False, horizon=1000):
-        """steps: env steps whose rollouts are kept (E x retain). full: Sec. 5.1's rollouts, one
+        """steps: env steps whose rollouts are kept. full: Sec. 5.1's rollouts, one
         imagined step per env step from initial histories to termination or `horizon`."""
         env, self.env = env_buffer, env_buffer
         self.M, self.k, self.full, self.horizon = M, k, full, horizon

@@ -1,0 +1,407 @@
+"""The paper's figures, drawn from run folders. Needs matplotlib; training does not.
+
+    python figures.py curves runs/* --out curves.png           learning curves (Figures 7, 9, 16)
+    python figures.py adaptation runs/* --out adaptation.png   reward around a switch of the task
+    python figures.py theory runs/* --out theory.png           Figures 11, 12, 17, and the two gaps
+    python figures.py envs --out envs.png                      the environments (Figure 6)
+
+Runs are grouped by env and variant, which is what in config.json differs from m3po.py's defaults
+for that env. Lines are means over seeds, each seed faint; bands are 95 % bootstrap intervals. A
+table prints beside each plot. Figure 4 comes from bounds.py.
+"""
+
+import argparse
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import envs
+import m3po
+import play
+
+# Okabe and Ito's colours, which the colour-blind tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+DPI = 150
+RUNNING = set("env seed N out device compile resume eval_episodes eval_every diagnose_every "
+              "checkpoint_every env_capacity".split())  # flags that change no learning
+STRUCTURE = set("k L B rollout model hybrid beta no_token_reward oracle beta_nll reward_weight "
+                "alpha".split())  # flags that make a variant, also where all runs share them
+NAMED = {  # flag: value, or None for all, and how the paper and the README call it
+    "hybrid": (None, "M3PO-h"), "model": ("mlp", "M2PO"), "rollout": ("full", "Full"),
+    "beta": (0, "recurrent SAC"), "L": (0, "blind (L = 0)"), "oracle": (True, "oracle"),
+    "no_token_reward": (True, "no reward token")}
+THEORY = (  # columns of progress.csv, drawn solid and dashed; axis; title
+    (("model_nll",), "NLL on held-out rows (nats)", "Figure 11: the meta-model"),
+    (("kl_pi",), r"KL($\pi$ || $\pi_D$) (nats)", "Figure 12: the policy against the data's"),
+    (("td_error",), "mean |TD error| (reward units)", "Figure 17: Q"),
+    (("gap_full", "gap_branched"), "gap (reward units)", "Theorems 1 (solid) and 2 (dashed)"))
+
+
+class FigureError(Exception):
+    """A picture that cannot be drawn. The message is one line."""
+
+
+# ---- statistics ---------------------------------------------------------------------------------
+
+
+def interquartile_mean(values, axis=0):
+    """Mean of what is left when a quarter of the values, rounded down, goes at either end."""
+    values = np.sort(np.asarray(values, float), axis)
+    n = values.shape[axis]
+    return np.take(values, range(n // 4, n - n // 4), axis).mean(axis)
+
+
+def known_mean(values, axis=0):
+    """Mean over axis of what is not NaN; NaN where nothing is left."""
+    known = np.isfinite(values)
+    n = known.sum(axis)
+    return np.where(n, np.where(known, values, 0.0).sum(axis) / np.maximum(n, 1), np.nan)
+
+
+def bootstrap_interval(values, statistic=np.mean, level=0.95, resamples=2_000, seed=0):
+    """Percentile bootstrap over axis 0 of values [n, ...]: (low, high), each [...].
+
+    The n values are drawn anew with replacement, `resamples` times. One value has no interval: NaN.
+    """
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return np.full(values.shape[1:], np.nan), np.full(values.shape[1:], np.nan)
+    rows = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    drawn = np.stack([statistic(values[r], axis=0) for r in rows])
+    low, high = np.quantile(drawn, ((1 - level) / 2, (1 + level) / 2), axis=0)
+    return low, high
+
+
+# ---- reading runs -------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    folder: Path
+    flags: dict
+    progress: dict  # column: array, one entry per epoch, NaN where nothing was measured
+
+    def curve(self, column):
+        """(env steps in thousands, values) where the column holds a number."""
+        steps = self.progress["global_step"] / 1_000
+        values = self.progress.get(column, np.full(len(steps), np.nan))
+        there = np.isfinite(values)
+        return steps[there], values[there]
+
+
+def read_run(folder):
+    """A run folder's config.json and progress.csv; FigureError says what of them is broken."""
+    folder = Path(folder)
+    config, progress = folder / "config.json", folder / "progress.csv"
+    for path in (folder, config, progress):
+        if not path.exists():
+            raise FigureError(f"{path} does not exist" + ("; did the first epoch end?"
+                                                          if path == progress else ""))
+    try:
+        flags = json.loads(config.read_text())["flags"]
+        flags["env"], flags["seed"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FigureError(f"{config} is broken: no flags with env and seed") from error
+    try:
+        with open(progress, newline="") as f:
+            header, *rows = list(csv.reader(f)) or [[]]
+        rows = [row for row in rows if len(row) == len(header)]  # the last may be half written
+        table = np.array([[float(cell or "nan") for cell in row] for row in rows])
+    except ValueError as error:
+        raise FigureError(f"{progress} is broken: {error}") from error
+    if not rows or "global_step" not in header:
+        raise FigureError(f"{progress} has no " + ("rows" if not rows else "column global_step"))
+    return Run(folder, flags, dict(zip(header, table.T)))
+
+
+def differences(flags):
+    """{flag: value} of what was trained otherwise than by m3po.py's defaults for the env."""
+    default = vars(m3po.build_parser().parse_args([]))
+    default |= m3po.DEFAULTS["default"] | m3po.DEFAULTS.get(flags["env"], {})
+    return {name: flags[name] for name, value in default.items()
+            if name not in RUNNING and name in flags and flags[name] != value}
+
+
+def variant(differs):
+    """The name of a run with these differences; "M3PO" if there are none."""
+    differs, names = dict(differs), []
+    if (differs.get("beta_nll"), differs.get("reward_weight")) == (0, 1):
+        names.append("literal likelihood")
+        del differs["beta_nll"], differs["reward_weight"]
+    for name, value in differs.items():
+        named, words = NAMED.get(name, (value, ""))
+        plain = f"{name.replace('_', ' ')} = {value}"
+        names.append(words if words and named in (None, value) else plain)
+    return ", ".join(names) or "M3PO"
+
+
+def read_runs(folders, one_env=False):
+    """{env: {variant: [Run, ...]}}, and {env: title} with the settings that all its runs share."""
+    by_env, groups, titles = {}, {}, {}
+    for run in map(read_run, folders):
+        by_env.setdefault(run.flags["env"], []).append(run)
+    if one_env and len(by_env) > 1:
+        raise FigureError(f"{' and '.join(by_env)} have no common scale here: one env at a time")
+    for env, runs in by_env.items():
+        differs = [differences(run.flags) for run in runs]
+        shared = {name: value for name, value in differs[0].items()
+                  if name not in STRUCTURE and all(d.get(name) == value for d in differs)}
+        titles[env] = f"{env}\n{variant(shared)}" if shared else env
+        groups[env] = {}
+        for run, d in zip(runs, differs):
+            label = variant({name: value for name, value in d.items() if name not in shared})
+            twins = groups[env].setdefault(label, [])
+            for twin in twins:
+                if twin.flags["seed"] == run.flags["seed"]:
+                    raise FigureError(f"{twin.folder} and {run.folder} are one variant ({label}) "
+                                      f"with one seed ({run.flags['seed']})")
+            twins.append(run)
+        groups[env] = dict(sorted(groups[env].items(), key=lambda item: item[0] != "M3PO"))
+    return groups, titles
+
+
+def over_seeds(runs, column):
+    """(thousand steps [T], values [seeds, T]) at the steps at which every run has measured."""
+    found = [run.curve(column) for run in runs]
+    for run, (x, _) in zip(runs, found):
+        if not len(x):
+            raise FigureError(f"{run.folder}/progress.csv has no number in column {column}")
+    x = found[0][0]
+    for other, _ in found[1:]:
+        x = np.intersect1d(x, other)
+    if not len(x):
+        raise FigureError(f"{column} was measured at no common step in "
+                          + ", ".join(str(run.folder) for run in runs))
+    return x, np.stack([values[np.isin(steps, x)] for steps, values in found])
+
+
+# ---- tables -------------------------------------------------------------------------------------
+
+
+def print_table(*rows):
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def summary(groups):
+    """Prints one row per env and variant. A seed's return is the mean of one evaluation; the area
+    under its curve is divided by the steps, so that it is a return too."""
+    rows = []
+    for env, variants in groups.items():
+        for label, runs in variants.items():
+            x, values = over_seeds(runs, "eval_return_mean")
+            last = values[:, -1]
+            trapezia = (values[:, 1:] + values[:, :-1]) / 2 * np.diff(x)
+            area = trapezia.sum(1) / (x[-1] - x[0]) if len(x) > 1 else last
+            low, high = bootstrap_interval(last, interquartile_mean)
+            interval = f" [{low:.1f}, {high:.1f}]" if len(runs) > 1 else ""
+            seconds = sum(np.nansum(values) for run in runs for name, values in run.progress.items()
+                          if name.startswith("seconds_"))
+            rows.append((env, label, str(len(runs)), f"{x[-1]:g}", f"{last.mean():.1f}",
+                         f"{area.mean():.1f}", f"{interquartile_mean(last):.1f}{interval}",
+                         f"{seconds / len(runs) / 60:.1f} min"))
+    print_table(("env", "variant", "seeds", "1000 steps", "last return", "area under curve",
+                 "IQM of last [95 %]", "wall time"), *rows)
+
+
+# ---- drawing ------------------------------------------------------------------------------------
+
+
+def panels(n, columns=3, width=5.2, height=3.6):
+    """A figure of n panels with room for the legend below; its size is all that n decides."""
+    columns = min(columns, n)
+    rows = math.ceil(n / columns)
+    figure, _ = play.canvas(width * columns, height * rows + 0.6, DPI)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[n:]:
+        ax.set_axis_off()
+    return figure, axes[:n]
+
+
+def palette(groups):
+    """{variant: colour}, the same in every panel."""
+    labels = dict.fromkeys(label for variants in groups.values() for label in variants)
+    return {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+
+
+def draw_group(ax, x, values, interval, colour, label=None, ls="-"):
+    """The mean of values [seeds, T], its interval as a band, and each seed faint."""
+    ax.fill_between(x, *interval, color=colour, alpha=0.2, lw=0)
+    for row in values if len(values) > 1 else ():
+        ax.plot(x, row, color=colour, lw=0.7, alpha=0.4, ls=ls)
+    marker = {"-": "o", "--": "s"}[ls] if len(x) < 3 else None
+    ax.plot(x, known_mean(values), color=colour, lw=1.8, label=label, marker=marker, ms=4, ls=ls)
+
+
+def finish(figure, axes, path):
+    """Grid, one legend for all panels below them, and the file."""
+    entries = {}
+    for ax in axes:
+        ax.grid(alpha=0.25)
+        handles, labels = ax.get_legend_handles_labels()
+        entries = dict(zip(labels, handles)) | entries
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", frameon=False,
+                  ncols=4, fontsize=9)
+    figure.savefig(path)
+
+
+def curves(args):
+    """One panel per env: return against env steps."""
+    groups, titles = read_runs(args.runs)
+    summary(groups)
+    figure, axes = panels(len(groups))
+    colours = palette(groups)
+    for ax, (env, variants) in zip(axes, groups.items()):
+        for label, runs in variants.items():
+            x, values = over_seeds(runs, "eval_return_mean")
+            draw_group(ax, x, values, bootstrap_interval(values), colours[label], label)
+        ax.set_title(titles[env], fontsize=9)
+        ax.set(xlabel="1,000 env steps", ylabel="return per episode")
+        ax.set_xlim(left=0)
+    finish(figure, axes, args.out)
+
+
+def theory(args):
+    """One panel per quantity of THEORY; a quantity that no run measured says so."""
+    groups, titles = read_runs(args.runs, one_env=True)
+    (env, variants), colours = next(iter(groups.items())), palette(groups)
+    every = [run for runs in variants.values() for run in runs]
+    if not any(len(run.curve(c)[0]) for run in every for columns, *_ in THEORY for c in columns):
+        raise FigureError("no run has a number in model_nll, kl_pi, td_error or the gaps")
+    summary(groups)
+    figure, axes = panels(len(THEORY), columns=2)
+    for ax, (columns, ylabel, name) in zip(axes, THEORY):
+        for label, runs in variants.items():
+            for column, ls in zip(columns, ("-", "--")):
+                measured = [run for run in runs if len(run.curve(column)[0])]
+                if measured:
+                    x, values = over_seeds(measured, column)
+                    draw_group(ax, x, values, bootstrap_interval(values), colours[label],
+                               label if ls == "-" else None, ls)
+        if not ax.lines:
+            ax.text(0.5, 0.5, f"{' and '.join(columns)}: not measured", ha="center",
+                    transform=ax.transAxes)
+        ax.set_title(name, fontsize=10)
+        ax.set(xlabel="1,000 env steps", ylabel=ylabel,
+               xlim=(0, max(run.progress["global_step"].max() for run in every) / 950))
+    figure.suptitle(titles[env], fontsize=10)
+    finish(figure, axes, args.out)
+
+
+def around_switches(run, episodes):
+    """Reward [switches, T] at steps [T] from a switch in a run's own evaluation, NaN where another
+    task holds."""
+    policy, _, env, args = play.load(run.folder)
+    period = getattr(env.unwrapped, "switch_every", None)
+    if not period:
+        raise FigureError(f"{run.flags['env']} never switches its task within an episode")
+    before, after = (20, 60) if period >= 100 else (math.ceil(period / 5), period)
+    test = [m3po.make_env(args) for _ in range(episodes)]
+    found = m3po.evaluate(policy, test, m3po.seeds(0, 2, 0, episodes), args.L, "cpu")
+    x, T, rows = np.arange(-before, after + 1), len(found["reward"]), []
+    for reward, switched in zip(found["reward"].T, found["switched"].T):
+        edges = [0, *np.flatnonzero(switched == 1), T]
+        for last, s, following in zip(edges[:-2], edges[1:-1], edges[2:]):
+            same_pair = (s + x >= last) & (s + x < following)
+            rows.append(np.where(same_pair, reward[(s + x).clip(0, T - 1)], np.nan))
+    if not rows:
+        raise FigureError(f"{run.folder}: no switch in {episodes} episodes; try more --episodes")
+    return x, np.array(rows)
+
+
+def steps_to_recover(x, reward):
+    """First step after the switch with nine tenths of the way back from its worst reward to that
+    before the switch; None if there is none."""
+    before, worst = known_mean(reward[x < 0]), np.nanmin(reward[x >= 0])
+    back = (x > 0) & (reward >= worst + 0.9 * (before - worst))
+    return int(x[back][0]) if back.any() and before > worst else None
+
+
+def adaptation(args):
+    """Reward around switches. The band is over seeds, or with one seed over its switches."""
+    groups, titles = read_runs(args.runs, one_env=True)
+    (env, variants), colours = next(iter(groups.items())), palette(groups)
+    figure, axes = panels(1, width=7)
+    table = []
+    for label, runs in variants.items():
+        xs, rows = zip(*(around_switches(run, args.episodes) for run in runs))
+        x, values = xs[0], np.stack([known_mean(r) for r in rows])
+        interval = bootstrap_interval(values if len(runs) > 1 else rows[0], known_mean)
+        draw_group(axes[0], x, values, interval, colours[label], label)
+        mean = known_mean(values)
+        before, after = known_mean(mean[x < 0]), known_mean(mean[(x >= 0) & (x < 5)])
+        steps = steps_to_recover(x, mean) if after < before else None
+        table.append((env, label, str(sum(map(len, rows))), f"{before:.2f}", f"{after:.2f}",
+                      str(steps or "-")))
+    summary(groups)
+    print_table(("env", "variant", "switches", "reward before", "in the 5 steps after",
+                 "steps to 90 % of it"), *table)
+    axes[0].axvline(0, color="black", lw=1, ls="--")
+    axes[0].set_title(titles[env], fontsize=9)
+    axes[0].set(xlabel="env steps since the hidden task switched", ylabel="reward per env step")
+    finish(figure, axes, args.out)
+
+
+def gallery(args):
+    """Figure 6: the six envs shortly after a reset, and the toy, played well."""
+    play.choose_gl()
+    figure, _ = play.canvas(12, 5.4, DPI)
+    top, bottom = figure.subfigures(2)
+    axes = [*top.subplots(1, 4), *bottom.subplots(1, 3, width_ratios=(1, 1, 2))]
+    for ax, name in zip(axes, sorted(envs.ENVS, key="point-fwd-bwd".__eq__)):
+        film = play.Film(envs.make(name))
+        film.reset(seed=29)
+        for _ in range(100 if play.is_toy(film) else 8):
+            size = film.unwrapped.clock.task[0] if play.is_toy(film) else 0.0
+            film.step(np.full(film.action_space.shape, size, np.float32))
+        if play.is_toy(film):
+            play.draw_timeline(ax, film, 0, len(film))
+        else:
+            stage = play.Stage(film)
+            ax.imshow(stage.frame(len(film) - 1))
+            stage.close()
+            ax.set(xticks=[], yticks=[], xlabel=film.words(len(film) - 1))
+        ax.set_title(name, fontsize=10, pad=18 if play.is_toy(film) else None)
+    figure.savefig(args.out)
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def build_parser():
+    p = m3po.OneLineParser("figures.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    commands = p.add_subparsers(dest="command", required=True, metavar="FIGURE")
+    for draw, text in ((curves, "learning curves, one panel per env"),
+                       (adaptation, "reward around switches of the task, from the saved agents"),
+                       (theory, "model NLL, KL of the policies, TD error, the theorems' gaps"),
+                       (gallery, "the environments")):
+        name = "envs" if draw is gallery else draw.__name__
+        c = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        c.set_defaults(draw=draw)
+        if draw is not gallery:
+            c.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run folders")
+        if draw is adaptation:
+            c.add_argument("--episodes", type=m3po.count, default=20, help="per agent (20)")
+        c.add_argument("--out", required=True, type=play.output_path(".png", ".pdf", ".svg"),
+                       metavar="PATH", help="where to draw: .png, .pdf or .svg")
+    return p
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        play.need("figures.py", "matplotlib")
+        args.draw(args)
+    except (FigureError, play.PlayError, OSError) as error:
+        parser.error(str(error))
+    print(f"written      {args.out}")
+
+
+if __name__ == "__main__":
+    main()

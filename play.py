@@ -1,0 +1,419 @@
+"""Watch a trained agent adapt to the hidden task it cannot see.
+
+    python play.py RUN_DIR                          ten episodes: returns, right way, after a switch
+    python play.py RUN_DIR --view                   the first of them in a window
+    python play.py RUN_DIR --video turning.gif      around its first switch; .gif or .mp4
+    python play.py RUN_DIR --strip strip.png        time-lapse of the whole episode, as in Figure 8
+    python play.py RUN_DIR --video v.gif --window 250 400 --every 1 --seed 7
+
+The robot's colour is the hidden task: blue forwards, red backwards, or the dead leg red; in the
+walker the torso darkens with its mass and the ground with its friction, on the pier the blocks with
+their damping. The agent runs in `m3po.evaluate`, as in training, while a film keeps where the robot
+was; pictures are made afterwards from a copy of the simulator's model, so they change nothing.
+"""
+
+import argparse
+import copy
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+ASKED_GL = os.environ.pop("MUJOCO_GL", None)  # if set and broken, `import mujoco` fails
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+
+import checkpoint
+import envs
+import m3po
+
+BLUE, RED, GREY = "#0072B2", "#CC3311", "#8C8C8C"  # told apart by the colour-blind too
+COLOURS = {1: BLUE, -1: RED, 0: GREY}  # of a direction; 0 is none
+PALE, DARK = np.array([1.0, 0.9, 0.6, 1.0]), np.array([0.3, 0.05, 0.35, 1.0])  # least, most
+WIDTH, HEIGHT = 480, 360  # pixels of a frame
+CAMERA = {envs.HalfCheetahPier: (3.2, -20), envs.HalfCheetahFwdBwd: (3.2, -15),  # metres, degrees
+          envs.AntFwdBwd: (3.8, -30), envs.Walker2dRandomParams: (3.0, -12),
+          envs.HumanoidDirec: (3.2, -12)}
+SNAPSHOTS = 10  # in a strip
+NO_GL = ("no OpenGL to draw with (tried {}); on Debian or Ubuntu: apt-get install libegl1 "
+         "libgl1-mesa-dri (EGL) or libosmesa6 (OSMesa); elsewhere set MUJOCO_GL: egl, osmesa, glfw")
+NO_DISPLAY = "no display for --view; --video PATH and --strip PATH need none"
+
+
+class PlayError(Exception):
+    """What cannot be shown. The message is one line."""
+
+
+# ---- what happened: the film --------------------------------------------------------------------
+
+
+class Film(gym.Wrapper):
+    """Keeps one episode: step t had tasks[t] and rewards[t] and led to states[t + 1].
+
+    A state is MuJoCo's qpos, or the toy's [x]; its first entry is the position along the track.
+    """
+
+    def keep_state(self):
+        env = self.env.unwrapped
+        self.states.append(np.array([env.x]) if is_toy(env) else env.data.qpos.copy())
+
+    def reset(self, **kwargs):
+        result = self.env.reset(**kwargs)
+        self.states, self.tasks, self.switches, self.rewards = [], [], [], []
+        self.keep_state()
+        return result
+
+    def step(self, action):
+        result = self.env.step(action)
+        info = result[4]
+        if info.get("switched"):
+            self.switches.append(len(self))
+        self.tasks.append(info.get("task"))
+        self.rewards.append(result[1])
+        self.keep_state()
+        return result
+
+    def __len__(self):
+        return len(self.rewards)
+
+    def colour(self, t):
+        """Of step t's direction, grey where the task is none."""
+        env = self.env.unwrapped
+        directed = is_toy(env) or getattr(env, "has_direction", False)
+        return COLOURS[int(np.sign(self.tasks[t][0])) if directed else 0]
+
+    def words(self, t):
+        """Step t's hidden task as a person would say it."""
+        env, task = self.env.unwrapped, self.tasks[t]
+        if isinstance(env, envs.AntCrippledLeg):
+            return f"leg {np.argmax(task) + 1} dead"
+        if isinstance(env, envs.HalfCheetahPier):
+            return "blocks: darker = more damped"
+        if isinstance(env, envs.Walker2dRandomParams):
+            return "mass x{:.1f}, friction x{:.1f}".format(*1.5 ** (3.0 * task))
+        return {BLUE: "forwards", RED: "backwards", GREY: ""}[self.colour(t)]
+
+    def caption(self, t):
+        since = [t - s for s in self.switches if s <= t]
+        news = f" (new {since[-1]} steps ago)" if since and since[-1] < 50 else ""
+        return f"step {t}   {self.words(t)}{news}   reward so far {sum(self.rewards[:t + 1]):.0f}"
+
+
+def is_toy(env):
+    return isinstance(env.unwrapped, envs.PointFwdBwd)
+
+
+# ---- MuJoCo's robots ----------------------------------------------------------------------------
+
+
+def has_display():
+    return (not sys.platform.startswith("linux")
+            or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")))
+
+
+def choose_gl():
+    """Sets MUJOCO_GL to a backend that works here, each tried in a process of its own: after one
+    failure PyOpenGL cannot try another."""
+    backends = [ASKED_GL] if ASKED_GL else ["glfw"] * has_display() + ["egl", "osmesa"]
+    for backend in backends:
+        test = f"from mujoco.{backend} import GLContext; GLContext(64, 64).make_current()"
+        if subprocess.run([sys.executable, "-c", test], env=os.environ | {"MUJOCO_GL": backend},
+                          capture_output=True, check=False).returncode == 0:
+            os.environ["MUJOCO_GL"] = backend
+            return
+    raise PlayError(NO_GL.format(", ".join(backends)))
+
+
+def paint(model, film, t):
+    """Colour the robot by step t's task: geom_rgba and the material, which no dynamics read."""
+    rgba = lambda colour: [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)] + [1.0]
+    shade = lambda value: PALE + value * (DARK - PALE)  # of a value from 0 to 1
+    env, task, bodies = film.unwrapped, film.tasks[t], model.geom_bodyid
+    robot = np.array([b > 0 and not model.body(b).name.startswith("block_") for b in bodies])
+    model.geom_matid[robot] = -1  # else the material's texture shines through
+    model.geom_rgba[robot] = rgba(film.colour(t))
+    if isinstance(env, envs.AntCrippledLeg):
+        model.geom_rgba[(bodies - 2) // 3 == np.argmax(task)] = rgba(RED)  # 3 bodies a leg, torso 1
+    elif isinstance(env, envs.HalfCheetahPier):
+        model.geom_rgba[env.blocks] = [shade(damping) for damping in task[:8]]
+    elif isinstance(env, envs.Walker2dRandomParams):
+        model.geom_rgba[bodies == env.torso] = shade((task[0] + 1) / 2)
+        model.geom_rgba[model.geom("floor").id] = shade(0.4 * (task[1] + 1))
+
+
+class Stage:
+    """Draws a film's steps from the side, the camera following; in a window or into an array."""
+
+    def __init__(self, film, window=False, width=WIDTH, height=HEIGHT):
+        from gymnasium.envs.mujoco.mujoco_rendering import OffScreenViewer, WindowViewer
+        self.film = film
+        self.model = model = copy.copy(film.unwrapped.model)
+        self.data = mujoco.MjData(model)
+        model.mat_reflectance[:] = 0
+        model.vis.headlight.ambient[:] = 0.4
+        model.tex_data[:] = 165 + model.tex_data // 3  # a pale floor, for print and small GIFs
+        model.vis.global_.offwidth, model.vis.global_.offheight = width, height
+        self.viewer = (WindowViewer if window else OffScreenViewer)(model, self.data, width, height)
+        self.viewer.scn.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0  # it ends in a hard edge
+        self.viewer.cam.azimuth = 90  # x to the right
+        self.viewer.cam.distance, self.viewer.cam.elevation = next(
+            (view for kind, view in CAMERA.items() if isinstance(film.unwrapped, kind)), (4.0, -15))
+
+    def pose(self, t):
+        """The state that step t led to, in the colour of its task."""
+        paint(self.model, self.film, t)
+        self.data.qpos[:] = self.film.states[t + 1]
+        mujoco.mj_forward(self.model, self.data)
+        self.viewer.cam.lookat[:] = self.data.subtree_com[1]
+
+    def frame(self, t):
+        """The same as pixels [height, width, 3]."""
+        self.pose(t)
+        return self.viewer.render("rgb_array").copy()
+
+    def close(self):
+        self.viewer.con.free()  # now: freed later, it would take the next stage's textures along
+        self.viewer.close()
+
+
+def view(film, start, end):
+    """Steps [start, end) in a window, in real time, until they are over or the window closed."""
+    import glfw
+    stage = Stage(film, window=True, width=960, height=720)
+    for t in range(start, end):
+        due = time.perf_counter() + getattr(film.unwrapped, "dt", 0.05)
+        if glfw.window_should_close(stage.viewer.window):
+            break
+        stage.pose(t)
+        stage.viewer.render()
+        time.sleep(max(0.0, due - time.perf_counter()))
+    stage.close()
+
+
+# ---- on paper -----------------------------------------------------------------------------------
+
+
+def canvas(width, height, dpi):
+    """A matplotlib figure of these inches, which needs no window system, and its canvas."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure((width, height), dpi=dpi, layout="constrained")
+    return figure, FigureCanvasAgg(figure)
+
+
+def draw_timeline(ax, film, start, end):
+    """Position over steps [start, end); the hidden task is the line's colour and the shade's."""
+    cuts = [start, *(s for s in film.switches if start < s < end), end]
+    above = dict(transform=ax.get_xaxis_transform(), fontsize=8)
+    for left, right in zip(cuts[:-1], cuts[1:]):
+        colour = film.colour(left)
+        ax.axvspan(left, right, color=colour, alpha=0.15, lw=0)
+        x = [state[0] for state in film.states[left:right + 1]]
+        ax.plot(range(left, right + 1), x, color=colour, lw=2)
+        ax.text((left + right) / 2, 1.02, film.words(left), color=colour, ha="center", **above)
+    for cut in cuts[1:-1]:
+        ax.axvline(cut, color="black", lw=1, ls="--")
+        side = "left" if cut < (start + end) / 2 else "right"
+        ax.text(cut, 0.03, f" switch at {cut} ", ha=side, **above)
+    ax.set(xlim=(start, end), xlabel="env step",
+           ylabel="position x" if is_toy(film) else "position x (m)")
+
+
+def strip(film, path, start, end):
+    """A time-lapse PNG: snapshots above (not of the toy), the position over time below."""
+    figure, _ = canvas(12, 2.4 if is_toy(film) else 3.6, 150)
+    grid = figure.add_gridspec(2 - is_toy(film), 1)
+    ax = figure.add_subplot(grid[-1])
+    draw_timeline(ax, film, start, end)
+    if not is_toy(film):
+        stage = Stage(film, width=HEIGHT, height=HEIGHT)
+        steps = np.unique(np.linspace(start, end - 1, SNAPSHOTS).astype(int))
+        row = grid[0].subgridspec(1, len(steps), wspace=0.02)
+        for i, t in enumerate(steps):
+            place = figure.add_subplot(row[i], xticks=[], yticks=[])
+            place.imshow(stage.frame(t))
+            place.spines[:].set(color=film.colour(t), linewidth=3)
+            moved = film.states[t + 1][0] - film.states[max(t - 9, 0)][0]  # in ten steps, metres
+            arrow = "" if abs(moved) < 0.02 else r"$\rightarrow$" if moved > 0 else r"$\leftarrow$"
+            place.set_title(f"{t} {arrow}", fontsize=11)
+            ax.plot(t, film.states[t + 1][0], "o", color="black", ms=3)
+        stage.close()
+    figure.savefig(path)
+
+
+def robot_frames(film, steps):
+    """An array [H, W, 3] per step, with a caption."""
+    from PIL import Image, ImageDraw, ImageFont
+    stage = Stage(film)
+    for t in steps:
+        image = Image.fromarray(stage.frame(t))
+        draw = ImageDraw.Draw(image)
+        draw.rectangle((0, 0, WIDTH, 24), fill="white")
+        draw.rectangle((0, 24, WIDTH, 27), fill=film.colour(t))
+        draw.text((8, 4), film.caption(t), fill="black", font=ImageFont.load_default(15))
+        yield np.asarray(image)
+    stage.close()
+
+
+def toy_frames(film, steps, start, end):
+    """The same for the toy: the position so far, and the point."""
+    figure, agg = canvas(4.8, 3.6, 100)
+    ax = figure.add_subplot()
+    x = [state[0] for state in film.states]
+    for t in steps:
+        ax.clear()
+        draw_timeline(ax, film, start, t + 1)
+        ax.plot(t + 1, x[t + 1], "o", color=film.colour(t), ms=9, clip_on=False)
+        ax.set(xlim=(start, end), ylim=(min(x) - 0.05, max(x) + 0.05))
+        ax.set_title(film.caption(t), fontsize=9, pad=18)
+        agg.draw()
+        yield np.asarray(agg.buffer_rgba())[..., :3].copy()
+
+
+def video(film, path, start, end, every):
+    """A GIF or MP4 of steps [start, end), in real time up to 20 frames per second."""
+    steps = range(start, end, every or (1 if is_toy(film) else 2))
+    frames = toy_frames(film, steps, start, end) if is_toy(film) else robot_frames(film, steps)
+    seconds = max(getattr(film.unwrapped, "dt", 0.1) * steps.step, 0.05)
+    if path.suffix == ".mp4":
+        import imageio
+        with imageio.get_writer(path, fps=1 / seconds, macro_block_size=2) as writer:
+            for frame in frames:
+                writer.append_data(frame)
+    else:
+        from PIL import Image
+        images = [Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE) for frame in frames]
+        images[0].save(path, save_all=True, append_images=images[1:], loop=0,
+                       duration=round(1000 * seconds))
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def load(folder):
+    """m3po.load, with whatever is wrong said in one line."""
+    try:
+        return m3po.load(folder)
+    except (checkpoint.CheckpointError, envs.EnvError) as error:
+        raise PlayError(str(error)) from error
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise PlayError(f"{folder}/agent.pt does not fit this version of M3PO: {reason}") from error
+
+
+def report(episodes, gamma):
+    """Prints returns per episode, and how the agent fared after switches."""
+    returns, lengths, s = m3po.summarise(episodes, gamma)
+    for i, (value, length) in enumerate(zip(returns, lengths)):
+        right = episodes["right_way"][:, i]
+        way = f"  right way {np.nanmean(right):4.0%}" if np.isfinite(right).any() else ""
+        print(f"episode {i:3d}  return {value:9.1f}  length {length:4d}{way}")
+    print(f"return       {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
+    if np.isfinite(s["eval_right_way"]):
+        print(f"right way    {s['eval_right_way']:.0%} of the steps")
+    if np.isfinite(s["eval_reward_after_switch"]):
+        print(f"per step     {s['eval_reward_after_switch']:.3f} in the 50 steps after a switch, "
+              f"{s['eval_reward_otherwise']:.3f} otherwise")
+
+
+def output_path(*endings):
+    """An argparse type: a path in a folder that exists, with one of these endings."""
+    def parse(text):
+        path = Path(text)
+        if path.suffix not in endings:
+            raise argparse.ArgumentTypeError(f"{text!r} does not end in {' or '.join(endings)}")
+        if not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+        return path
+    return parse
+
+
+def need(what, package):
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
+        raise PlayError(f"{what} needs {package}: python -m pip install {package}")
+
+
+def check(args, env):
+    """Refuses what this machine or this env cannot show, before any episode runs."""
+    toy, pictures = is_toy(env), bool(args.video or args.strip)
+    if args.window and args.window[0] >= args.window[1]:
+        raise PlayError("argument --window: FROM must lie before TO")
+    if not toy and (pictures or args.view) and not hasattr(env.unwrapped, "data"):
+        raise PlayError("pictures are only for the toy and for MuJoCo's envs")
+    if args.video and args.video.suffix == ".mp4":
+        need("an .mp4", "imageio-ffmpeg")
+    if args.strip or args.video and toy:
+        need("this picture", "matplotlib")
+    if args.view and toy:
+        raise PlayError("the toy has no window; --video PATH and --strip PATH draw it")
+    if args.view:
+        import glfw
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its reason is a warning of two lines
+            if not has_display() or not glfw.init():
+                raise PlayError(NO_DISPLAY)
+    if pictures and not toy:
+        choose_gl()
+
+
+def play(args):
+    policy, _, env, run = load(args.run)
+    check(args, env)
+    film = Film(env) if args.view or args.video or args.strip else env
+    others = [m3po.make_env(run) for _ in range(args.episodes - 1)]
+    env_seeds = m3po.seeds(args.seed, 2, 0, args.episodes)  # 2: no training's, no evaluation's
+    report(m3po.evaluate(policy, [film, *others], env_seeds, run.L, "cpu"), run.gamma)
+    if film is env:
+        return
+    whole = around = (0, len(film))
+    if args.window:
+        if args.window[0] >= len(film):
+            raise PlayError(f"argument --window: the episode ended before step {args.window[0]}")
+        whole = around = (args.window[0], min(args.window[1], len(film)))
+    elif len(film) > 200:
+        switch = film.switches[0] if film.switches else 60
+        around = (max(switch - 60, 0), min(switch + 120, len(film)))
+    if args.view:
+        view(film, *whole)
+    if args.video:
+        video(film, args.video, *around, args.every)
+    if args.strip:
+        strip(film, args.strip, *whole)
+    for path in filter(None, (args.video, args.strip)):
+        print(f"written      {path}")
+
+
+def build_parser():
+    p = m3po.OneLineParser("play.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    p.add_argument("run", metavar="RUN_DIR", help="a run folder, with its agent.pt")
+    p.add_argument("--episodes", type=m3po.count, default=10, help="episodes to evaluate (10)")
+    p.add_argument("--seed", type=m3po.natural, default=0,
+                   help="of the episodes, which no training or evaluation saw (0)")
+    p.add_argument("--view", action="store_true", help="watch the first episode in a window")
+    p.add_argument("--video", type=output_path(".gif", ".mp4"), metavar="PATH",
+                   help="the first episode around its first switch, .gif or .mp4")
+    p.add_argument("--strip", type=output_path(".png"), metavar="PATH",
+                   help="time-lapse of the first episode, .png")
+    p.add_argument("--window", type=m3po.natural, nargs=2, metavar=("FROM", "TO"),
+                   help="env steps to show")
+    p.add_argument("--every", type=m3po.count, metavar="STEPS",
+                   help="env steps from one frame of the video to the next (2; toy 1)")
+    return p
+
+
+def main(argv=None):
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        play(args)
+    except (PlayError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
