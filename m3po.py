@@ -55,7 +55,7 @@ DEFAULTS = {
     "default": dict(N=200, E=1_000, M=1_000, G=40, L=10, width=400, warmup=1_000, fit_every=250, retain=100,
                     lr=3e-4, target_entropy=None),
     "point-fwd-bwd": dict(N=20, E=200, M=200, G=4, L=3, width=64, warmup=200, fit_every=100,
-                          lr=1e-3, target_entropy=-2.0),
+                          lr=5e-4, target_entropy=-2.0),
     "halfcheetah-pier": dict(M=500),
     "walker2d-randomparams": dict(M=500),
     "humanoid-direc": dict(M=500, G=20),
@@ -140,7 +140,7 @@ def build_parser():
     g = p.add_argument_group("meta-policy (SAC; not in the paper unless said)")
     g.add_argument("--warmup", type=count, help="uniform random env steps at the start (1000; toy 200)")
     g.add_argument("--batch-size", type=count, default=256, help="rows per update (256)")
-    g.add_argument("--lr", type=positive, help="Adam step size of policy and Q (0.0003; toy 0.001)")
+    g.add_argument("--lr", type=positive, help="Adam step size of policy and Q (0.0003; toy 0.0005)")
     g.add_argument("--gamma", type=number(float, 0, 1, high_open=True), default=0.99,
                    help="discount (0.99)")
     g.add_argument("--tau", type=number(float, 0, 1, low_open=True), default=0.005,
