@@ -284,6 +284,11 @@ def evaluate(policy, eval_envs, env_seeds, L, device):
     return {name: np.stack(rows) for name, rows in log.items()}
 
 
+def early_steps(env):
+    """How many steps after a switch count as adapting: 50, or half a period where that is shorter."""
+    return min(50, (getattr(env.unwrapped, "switch_every", None) or 100) // 2)
+
+
 def summarise(episodes, gamma, early=50):
     """Returns and lengths per episode, and how fast the agent adapts, from evaluate's arrays: the
     reward per step in the first `early` steps after a switch against the rest."""
@@ -499,8 +504,7 @@ def finish_epoch(args, p, policy, model, D_env, D_model, eval_envs, board, bar):
         with clock(p["seconds"], "eval"):
             env_seeds = seeds(args.seed, 1, epoch, len(eval_envs))
             episodes = evaluate(policy, eval_envs, env_seeds, args.L, D_env.device)
-        period = getattr(eval_envs[0].unwrapped, "switch_every", None) or 100
-        returns, lengths, summary = summarise(episodes, args.gamma, min(50, period // 2))
+        returns, lengths, summary = summarise(episodes, args.gamma, early_steps(eval_envs[0]))
         append_csv(out / "eval.csv", ["global_step", "episode", "return", "length"],
                    episode_rows(p["step"], returns, lengths))
         row |= summary
@@ -513,6 +517,15 @@ def finish_epoch(args, p, policy, model, D_env, D_model, eval_envs, board, bar):
     D_model.stats.zero_()
     p["losses"].zero_()
     p |= {"updated": 0, "train_returns": [], "seconds": {}}
+
+
+def compiler_works():
+    """Whether torch.compile can build anything here."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8))
+    except Exception:  # whatever the missing compiler turns into, on any version
+        return False
+    return True
 
 
 def main(args, env, state=None):
@@ -532,7 +545,10 @@ def main(args, env, state=None):
         p = checkpoint.restore(state, policy, model, D_env, D_model)
         p["losses"] = p["losses"].to(device)
     if args.compile == "on" or args.compile == "auto" and args.E * args.G >= 10_000:
-        policy.compile_losses()
+        if compiler_works():
+            policy.compile_losses()
+        else:
+            print("compile      off: torch.compile found no working C++ compiler (g++); running eager")
     open_run_folder(args, state)
     print(describe(args, env, p), flush=True)
     eval_envs = [make_env(args) for _ in range(args.eval_episodes)]

@@ -306,9 +306,9 @@ def load(folder):
         raise PlayError(f"{folder}/agent.pt does not fit this version of M3PO: {reason}") from error
 
 
-def report(episodes, gamma):
+def report(episodes, gamma, early):
     """Prints returns per episode, and how the agent fared after switches."""
-    returns, lengths, s = m3po.summarise(episodes, gamma)
+    returns, lengths, s = m3po.summarise(episodes, gamma, early)
     for i, (value, length) in enumerate(zip(returns, lengths)):
         right = episodes["right_way"][:, i]
         way = f"  right way {np.nanmean(right):4.0%}" if np.isfinite(right).any() else ""
@@ -317,7 +317,7 @@ def report(episodes, gamma):
     if np.isfinite(s["eval_right_way"]):
         print(f"right way    {s['eval_right_way']:.0%} of the steps")
     if np.isfinite(s["eval_reward_after_switch"]):
-        print(f"per step     {s['eval_reward_after_switch']:.3f} in the 50 steps after a switch, "
+        print(f"per step     {s['eval_reward_after_switch']:.3f} in the {early} steps after a switch, "
               f"{s['eval_reward_otherwise']:.3f} otherwise")
 
 
@@ -367,7 +367,8 @@ def play(args):
     film = Film(env) if args.view or args.video or args.strip else env
     others = [m3po.make_env(run) for _ in range(args.episodes - 1)]
     env_seeds = m3po.seeds(args.seed, 2, 0, args.episodes)  # 2: no training's, no evaluation's
-    report(m3po.evaluate(policy, [film, *others], env_seeds, run.L, "cpu"), run.gamma)
+    episodes = m3po.evaluate(policy, [film, *others], env_seeds, run.L, "cpu")
+    report(episodes, run.gamma, m3po.early_steps(env))
     if film is env:
         return
     whole = around = (0, len(film))

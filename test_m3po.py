@@ -1721,7 +1721,8 @@ def test_log_probabilities_are_those_of_torch_distributions():
     actions, logp = policy.sample(tokens, mask, obs, noise)
     assert actions.shape == (30, 2) and logp.shape == (30,)
     for b in range(30):
-        squashed, gaussian = core_torch_policy(policy, tokens[:, b], mask[:, b], obs[b])
+        seen = core_standardised(policy, tokens[:, b], obs[b])
+        squashed, gaussian = core_torch_policy(policy, seen[0], mask[:, b], seen[1])
         action = TanhTransform()(gaussian.mean + gaussian.stddev * noise[b])
         assert torch.allclose(actions[b], action)
         assert torch.isclose(logp[b], squashed.log_prob(action), atol=1e-6)
@@ -1764,13 +1765,12 @@ def test_acting_draws_from_the_same_distribution_and_the_mean_action_is_tanh_of_
     policy, batch = MetaPolicy(2, 2, widths=(8,)), core_random_batch(2, 2, L=3, B=30)
     policy.token_mean.normal_(), policy.token_std.uniform_(0.2, 2.0)
     history = batch.tokens[:-1], batch.mask[:-1], 5 * batch.split(2)[0]
-    tokens, obs = core_standardised(policy, history[0], history[2])
     torch.manual_seed(1)
     acted = policy.act(*history)
     torch.manual_seed(1)
-    sampled, _ = policy.sample(tokens, history[1], obs, torch.randn(30, 2))
+    sampled, _ = policy.sample(*history, torch.randn(30, 2))
     assert torch.allclose(acted, sampled, atol=1e-6) and acted.abs().max() <= 1
-    mean, _ = policy.distribution(tokens, history[1], obs)
+    mean, _ = policy.distribution(*history)
     chosen = policy.act(*history, deterministic=True)
     assert torch.allclose(chosen, torch.tanh(mean), atol=1e-6)
 
@@ -1999,7 +1999,7 @@ def test_compiled_losses_equal_the_eager_ones():
 # ==================================================================================================
 
 
-TINY = ["--N", "2", "--E", "40", "--M", "20", "--G", "2", "--warmup", "40", "--fit-every", "20", "--retain",
+TINY = ["--N", "2", "--E", "40", "--M", "20", "--G", "2", "--warmup", "40", "--fit-every", "40", "--retain",
         "40", "--width", "8", "--batch-size", "16", "--max-passes", "2", "--eval-episodes", "2",
         "--diagnose-every", "0"]
 
@@ -2240,6 +2240,16 @@ def test_evaluation_shows_the_policy_the_tokens_of_the_history_contract():
     assert seen[3] == (3.0, [[1.0, 20.0], [2.0, 30.0]])
 
 
+def test_an_agent_learns_to_adapt_on_the_toy_and_a_blind_one_cannot(tmp_path):
+    """Knowing the direction is worth 100, guessing it 0. A quarter of the default run."""
+    flags = ["--N", "5", "--seed", "1", "--diagnose-every", "0"]
+    for name, extra in (("sees", []), ("blind", ["--L", "0", "--G", "2", "--N", "3"])):
+        m3po.main(*run_parse(*flags, *extra, "--out", tmp_path / name))
+    sees, blind = (max(float(row["eval_return_mean"]) for row in run_rows(tmp_path / name)[-2:])
+                   for name in ("sees", "blind"))
+    assert sees > 40 and abs(blind) < 15
+
+
 # ---- faults in the env and in the numbers ----
 
 
@@ -2409,7 +2419,7 @@ for attempt in range(kills + 1):
         m3po.main(*m3po.parse_args(["--resume", folder] if resume else [*flags, "--out", folder]))
         os._exit(0)
     if attempt < kills:
-        time.sleep(random.uniform(0.3, 1.5))
+        time.sleep(random.uniform(0.02, 0.4))
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else "done", flush=True)
@@ -2417,12 +2427,12 @@ for attempt in range(kills + 1):
 
 
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
-    flags = [*TINY, "--N", "30", "--seed", "3"]
+    flags = [*TINY, "--N", "40", "--eval-episodes", "1", "--seed", "3"]
     m3po.main(*run_parse(*flags, "--out", tmp_path / "a"))
     done = subprocess.run([sys.executable, "-c", RUN_KILLED, tmp_path / "b", "20", *flags], text=True,
                           cwd=Path(m3po.__file__).parent, capture_output=True, check=True)
     ends = done.stdout.split()
-    assert ends[-1] == "done" and len(ends) == 21 and ends.count("9") >= 3
+    assert ends == 20 * ["9"] + ["done"]
     run_same(tmp_path / "a", tmp_path / "b")
 
 
