@@ -148,8 +148,9 @@ FLOAT32_02, FLOAT32_08 = float(np.float32(0.2)), float(np.float32(0.8))
 class PointFwdBwd(gym.Env):
     """A point on a line, told by the reward alone which way to go.
 
-    x' = x + 0.01 a, reward = dir * a, 100 steps, dir drawn anew every 25. Whoever ignores the
-    history gets about 0; whoever knows dir gets 1 per step.
+    x' = x + 0.1 a between walls at -1 and 1, reward = dir * a, the push, also against a wall. 100
+    steps, dir drawn anew every 25. Whoever ignores the history gets about 0; whoever knows dir gets
+    1 per step. The walls keep every x often visited.
     """
 
     ORACLE_RETURN = 100.0
@@ -164,7 +165,7 @@ class PointFwdBwd(gym.Env):
         self.switch_every = checked_period(type(self), switch_every)
         self.render_mode = render_mode
         self.clock = TaskClock(draw_direction, self.switch_every)
-        self.observation_space = Box(-1.1, 1.1, (1,), np.float32)  # 100 steps of 0.01 from 0
+        self.observation_space = Box(-1.0, 1.0, (1,), np.float32)
         self.action_space = Box(-1.0, 1.0, (1,), np.float32)
 
     def set_task(self, task):
@@ -179,7 +180,7 @@ class PointFwdBwd(gym.Env):
 
     def step(self, action):
         a = min(max(float(action[0]), -1.0), 1.0)
-        self.x += 0.01 * a
+        self.x = min(max(self.x + 0.1 * a, -1.0), 1.0)
         reward = float(self.clock.task[0]) * a
         info = self.clock.step(self.np_random)
         info["right_way"] = reward > 0

@@ -617,7 +617,7 @@ def command_line():
     args, env, state = parse_args()
     try:
         number = main(args, env, state)
-    except (FloatingPointError, checkpoint.CheckpointError, ValueError) as error:
+    except (FloatingPointError, checkpoint.CheckpointError, OSError, ValueError) as error:
         sys.exit(f"m3po.py: error: {error}")
     if number:
         print(f"stopped at once after a step; go on with: python m3po.py --resume {args.out}")
