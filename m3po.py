@@ -52,10 +52,10 @@ from rollouts import Batch, EnvBuffer, LiveHistory, ModelBuffer
 # Table 2 and METHOD's reading of it; what is not named here is the same for every env. Any other
 # env, your own included, starts from "default".
 DEFAULTS = {
-    "default": dict(N=200, E=1_000, M=1_000, G=40, L=10, width=400, warmup=1_000, fit_every=250, retain=100,
-                    lr=3e-4, target_entropy=None),
-    "point-fwd-bwd": dict(N=20, E=200, M=200, G=4, L=3, width=64, warmup=200, fit_every=100,
-                          lr=5e-4, target_entropy=-2.0),
+    "default": dict(N=200, E=1_000, M=1_000, G=40, L=10, width=400, warmup=1_000, fit_every=250,
+                    retain=100, lr=3e-4, gamma=0.99, target_entropy=None),
+    "point-fwd-bwd": dict(N=15, E=200, M=200, G=4, L=3, width=64, warmup=200, fit_every=100,
+                          lr=5e-4, gamma=0.9, target_entropy=-2.0),
     "halfcheetah-pier": dict(M=500),
     "walker2d-randomparams": dict(M=500),
     "humanoid-direc": dict(M=500, G=20),
@@ -108,7 +108,7 @@ def build_parser():
 
     g = p.add_argument_group("Table 2 (defaults differ by env; the paper's values are shown)")
     add = lambda *names, **kw: g.add_argument(*names, metavar=names[0].lstrip("-"), **kw)
-    add("--N", "--epochs", type=count, help="epochs (200; toy 20)")
+    add("--N", "--epochs", type=count, help="epochs (200; toy 15)")
     add("--E", "--steps-per-epoch", type=count, help="env steps per epoch (1000; toy 200)")
     add("--M", "--model-rollouts", type=count,
         help="model rollouts per env step (1000; pier, walker2d, humanoid 500; toy 200)")
@@ -141,8 +141,8 @@ def build_parser():
     g.add_argument("--warmup", type=count, help="uniform random env steps at the start (1000; toy 200)")
     g.add_argument("--batch-size", type=count, default=256, help="rows per update (256)")
     g.add_argument("--lr", type=positive, help="Adam step size of policy and Q (0.0003; toy 0.0005)")
-    g.add_argument("--gamma", type=number(float, 0, 1, high_open=True), default=0.99,
-                   help="discount (0.99)")
+    g.add_argument("--gamma", type=number(float, 0, 1, high_open=True),
+                   help="discount (0.99; toy 0.9)")
     g.add_argument("--tau", type=number(float, 0, 1, low_open=True), default=0.005,
                    help="share of Q that enters its target per update (0.005)")
     g.add_argument("--alpha", type=positive,
