@@ -2455,6 +2455,15 @@ def test_a_signal_saves_within_a_step_and_resuming_equals_never_stopping(name, s
     run_same(tmp_path / "a", tmp_path / "b")
 
 
+def test_after_the_first_signal_a_second_one_stops_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with checkpoint.StopSignals() as stop:
+        signal.raise_signal(signal.SIGINT)  # caught: the loop will see it and save
+        assert stop.received == signal.SIGINT
+        assert {signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)} == {signal.SIG_DFL}
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 # ---- variants and diagnostics ----
 
 
