@@ -48,22 +48,24 @@ class HistoryNet(nn.Module):
         """z [E, B, H]: the GRU's state after the newest token; 0 where there is no token."""
         T, B = tokens.shape[-3:-1]
         H = self.z_dim
-        w_x, w_h, b_x, b_h = self.pick(member, self.w_x, self.w_h, self.b_x, self.b_h)
-        h = tokens.new_zeros(len(w_x), B, H)
+        # The batch is the last axis in here: gates have 5 rows of B numbers, not B rows of 5.
+        w_x, w_h, b_x, b_h = [p.mT for p in self.pick(member, self.w_x, self.w_h, self.b_x, self.b_h)]
         x = torch.where(mask[..., None], tokens[..., :self.token_dim], 0.0)
-        x = x.flatten(-3, -2)  # all T tokens in one matmul
-        x = (x @ w_x + b_x).unflatten(1, (T, B))  # [E, T, B, 3H], gates in the order r, z, n
+        x = w_x @ x.flatten(-3, -2).mT + b_x  # [E, 3H, T B]: all T tokens in one matmul
         # Even a zero token moves a GRU, by its biases. A masked one must leave the state as it is,
         # here 0: hold its update gate shut at 1.
-        shut = (~mask).to(x.dtype) * 1e4  # sigmoid(1e4) is exactly 1
-        x_rz, x_n = x.split([2 * H, H], -1)
-        x_rz = x_rz + torch.cat([torch.zeros_like(x_n), shut[..., None].expand_as(x_n)], -1)
-        for x_rz, x_n in zip(x_rz.unbind(1), x_n.unbind(1)):  # unbind: one backward for all steps
-            h_rz, h_n = torch.baddbmm(b_h, h, w_h).split([2 * H, H], -1)
-            r, z = torch.sigmoid(x_rz + h_rz).split(H, -1)
+        shut = (~mask).to(x.dtype).unsqueeze(-3) * 1e4  # sigmoid(1e4) is exactly 1
+        x_r, x_z, x_n = x.unflatten(-1, (T, B)).chunk(3, 1)  # [E, H, T, B], torch.nn.GRU's order
+        x_rz = torch.cat([x_r, x_z + shut], 1)
+        w_h = w_h[..., None]  # [E, 3H, H, 1]
+        h = x.new_zeros(len(x), H, B)
+        for x_rz, x_n in zip(x_rz.unbind(2), x_n.unbind(2)):  # unbind: one backward for all steps
+            # w_h h, a sum over 5: too small for a matmul, and the compiler fuses it with the rest.
+            h_rz, h_n = ((w_h * h[:, None]).sum(2) + b_h).split([2 * H, H], 1)
+            r, z = torch.sigmoid(x_rz + h_rz).chunk(2, 1)
             n = torch.tanh(torch.addcmul(x_n, r, h_n))
             h = torch.lerp(n, h, z)  # (1 - z) n + z h; exactly h at z = 1
-        return h
+        return h.mT
 
     def forward(self, tokens, mask, x, member=None):
         w, b = self.pick(member, *self.w), self.pick(member, *self.b)
