@@ -559,6 +559,7 @@ def main(args, env, state=None):
     with checkpoint.StopSignals() as stop, tqdm(
             total=args.N * args.E, initial=p["step"], unit="step", dynamic_ncols=True,
             smoothing=0.05, disable=args.N * args.E == p["step"]) as bar:
+        stored = False  # whether D_model holds a row. Asked once per fit: asking waits for the GPU
         for epoch in range(p["step"] // args.E + 1, args.N + 1):  # line 2
             beta = share_of_model(args, epoch)
             while p["step"] < epoch * args.E:  # line 4
@@ -570,13 +571,15 @@ def main(args, env, state=None):
                         else:
                             model.update_statistics(D_env)
                         policy.use_statistics(model)
+                    stored = False
                 with clock(p["seconds"], "env"):
                     action = act(policy, D_env, obs, warm, device)
                     obs = real_step(env, D_env, p, args, obs, action)  # line 5
                 if warm and beta > 0:
                     with clock(p["seconds"], "rollouts"):
                         D_model.rollout(policy, model)  # lines 6-9
-                if warm and args.G and (beta == 0 or len(D_model)):
+                        stored = stored or len(D_model) > 0
+                if warm and args.G and (beta == 0 or stored):
                     with clock(p["seconds"], "updates"):
                         noise = torch.randn(args.G, 2, args.batch_size, policy.act_dim, device=device)
                         batches = sample_batches(D_model, D_env, beta, args.G, args.batch_size)

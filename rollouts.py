@@ -285,7 +285,7 @@ class ModelBuffer:
         count = self.counts()
         ends = torch.cumsum(count, 0)  # rows up to and including each block
         pick = (torch.rand(n, dtype=torch.float64, device=count.device) * ends[-1]).long()
-        block = torch.searchsorted(ends, pick, right=True)
+        block = torch.searchsorted(ends, pick, right=True).clamp(max=self.blocks - 1)
         column = self.order[block, pick - (ends[block] - count[block])].long()
         return self.batch(block, column)
 
