@@ -14,7 +14,6 @@ import fcntl
 import json
 import math
 import os
-import platform
 import shlex
 import shutil
 import signal
@@ -109,13 +108,6 @@ def interval(values):
     return f"{mean:.1f} [{mean - half:.1f}, {mean + half:.1f}]"
 
 
-def machine():
-    """Cores and name of the CPU."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or 'a CPU'}"
-
-
 def closed_form(env):
     """What is known exactly about returns in env. Who is not told the task gets 0 on average in the
     first step and in each step at which the task is redrawn: it may be either way."""
@@ -135,7 +127,7 @@ def table(runs, said, args, env):
     used = {f"device {c['flags']['device']}, " + ", ".join(
         f"{name} {version[:12]}" for name, version in c["versions"].items()) for c in configs}
     lines = [
-        f"`{said}`: {machine()}, one thread per run, median {np.median(seconds):.0f} s per run; "
+        f"`{said}`: {m3po.cpu_name()}, one thread per run, median {np.median(seconds):.0f} s per run; "
         f"{'; '.join(sorted(used))}.", "",
         f"`{args.env}`, {args.eval_episodes} episodes after {args.N * args.E:,} env steps; means "
         f"over seeds, that of the return with Student's 95 % interval.{closed_form(env)}", "",

@@ -22,6 +22,7 @@ import numpy as np
 import envs
 import m3po
 import play
+from evaluation import Group, evaluate
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -301,8 +302,8 @@ def around_switches(run, episodes):
     if not period:
         raise FigureError(f"{run.flags['env']} never switches its task within an episode")
     before, after = (20, 60) if period >= 100 else (math.ceil(period / 5), period)
-    test = [m3po.make_env(args) for _ in range(episodes)]
-    found = m3po.evaluate(policy, test, m3po.seeds(0, 2, 0, episodes), args.L, "cpu")
+    test = Group([m3po.make_env(args) for _ in range(episodes)])
+    found = evaluate(policy, test, m3po.seeds(0, 2, 0, episodes), args.L, "cpu")
     x, T, rows = np.arange(-before, after + 1), len(found["reward"]), []
     for reward, switched in zip(found["reward"].T, found["switched"].T):
         edges = [0, *np.flatnonzero(switched == 1), T]

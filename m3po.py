@@ -28,12 +28,12 @@ import argparse
 import csv
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -45,9 +45,10 @@ from tqdm import tqdm
 import checkpoint
 import diagnostics
 import envs
+from evaluation import early_steps, evaluate, make_group, summarise
 from model import MetaModel
 from policy import LOGGED, MetaPolicy
-from rollouts import Batch, EnvBuffer, LiveHistory, ModelBuffer
+from rollouts import Batch, EnvBuffer, ModelBuffer
 
 # Table 2 and METHOD's reading of it; what is not named here is the same for every env. Any other
 # env, your own included, starts from "default".
@@ -245,69 +246,9 @@ def make_env(args, render_mode=None):
     return envs.make(args.env, args.switch_every, args.oracle, render_mode)
 
 
-# ---- evaluation ---------------------------------------------------------------------------------
-
-
 def seeds(run_seed, stream, index, n=1):
     """n env seeds; streams (0 training, 1 evaluation) and indices never meet."""
     return [int(s) for s in np.random.SeedSequence([run_seed, stream, index]).generate_state(n)]
-
-
-def evaluate(policy, eval_envs, env_seeds, L, device):
-    """One fresh episode per env with the mean action, all as one batch through the policy.
-
-    Adapting is nothing but tokens entering the window: no gradient, no task id. Returns arrays
-    [T, n], NaN past an episode's end: reward, since (steps since the task changed), right_way.
-    """
-    n, A = len(eval_envs), eval_envs[0].action_space.shape[0]
-    obs = np.stack([env.reset(seed=s)[0] for env, s in zip(eval_envs, env_seeds)])
-    history = LiveHistory(n, L, obs.shape[1] + A + 1, device)
-    running, log = list(range(n)), defaultdict(list)
-    while running:
-        obs_t = torch.tensor(obs, device=device)  # a copy: obs is written to below
-        action_t = policy.act(history.tokens, history.mask, obs_t, deterministic=True)
-        actions = action_t.cpu().numpy()
-        row = {name: np.full(n, np.nan) for name in ("reward", "since", "switched", "right_way")}
-        over = set()
-        for i in running:
-            obs[i], row["reward"][i], terminated, truncated, info = eval_envs[i].step(actions[i])
-            row["since"][i] = info.get("steps_since_switch", np.nan)
-            row["switched"][i] = info.get("switched", np.nan)
-            row["right_way"][i] = info.get("right_way", np.nan)
-            if terminated or truncated:
-                over.add(i)
-        running = [i for i in running if i not in over]
-        for name, values in row.items():
-            log[name].append(values)
-        rewards = torch.as_tensor(np.nan_to_num(row["reward"]), dtype=torch.float32, device=device)
-        history.append(obs_t, action_t, rewards)
-    return {name: np.stack(rows) for name, rows in log.items()}
-
-
-def early_steps(env):
-    """How many steps after a switch count as adapting: 50, or half a period where that is shorter."""
-    return min(50, (getattr(env.unwrapped, "switch_every", None) or 100) // 2)
-
-
-def summarise(episodes, gamma, early=50):
-    """Returns and lengths per episode, and how fast the agent adapts, from evaluate's arrays: the
-    reward per step in the first `early` steps after a switch against the rest."""
-    reward = episodes["reward"]
-    discount = gamma ** np.arange(len(reward))[:, None]
-    returns = np.nansum(reward, 0)
-    lengths = np.isfinite(reward).sum(0)
-    # Time since a real switch; the start of an episode is not one.
-    after = np.cumsum(np.nan_to_num(episodes["switched"]), 0) > 0
-    just_after = after & (episodes["since"] < early)
-    mean = lambda values: float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
-    return returns, lengths, {
-        "eval_return_mean": float(returns.mean()), "eval_return_std": float(returns.std()),
-        "eval_length_mean": float(lengths.mean()),
-        "eval_discounted_return": float(np.nansum(discount * reward, 0).mean()),
-        "eval_reward_after_switch": mean(np.where(just_after, reward, np.nan)),
-        "eval_reward_otherwise": mean(np.where(just_after, np.nan, reward)),
-        "eval_right_way": mean(episodes["right_way"]),
-    }
 
 
 # ---- logging ------------------------------------------------------------------------------------
@@ -335,6 +276,12 @@ def append_csv(path, fields, rows):
         if new:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def cpu_name():
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or 'a CPU'}"
 
 
 def versions():
@@ -495,16 +442,16 @@ def open_run_folder(args, state):
                                 lambda f: f.write(json.dumps(config, indent=1).encode()))
 
 
-def finish_epoch(args, p, policy, model, D_env, D_model, eval_envs, board, bar):
+def finish_epoch(args, env, p, policy, model, D_env, D_model, group, board, bar):
     """What an epoch is judged by: evaluation, diagnostics, one row in the logs. No training stream
     is touched."""
     epoch, out = p["step"] // args.E, Path(args.out)
     row = {"epoch": epoch, "global_step": p["step"], "beta": share_of_model(args, epoch)}
-    if eval_envs and epoch % args.eval_every == 0:
+    if args.eval_episodes and epoch % args.eval_every == 0:
         with clock(p["seconds"], "eval"):
-            env_seeds = seeds(args.seed, 1, epoch, len(eval_envs))
-            episodes = evaluate(policy, eval_envs, env_seeds, args.L, D_env.device)
-        returns, lengths, summary = summarise(episodes, args.gamma, early_steps(eval_envs[0]))
+            env_seeds = seeds(args.seed, 1, epoch, args.eval_episodes)
+            episodes = evaluate(policy, group, env_seeds, args.L, D_env.device)
+        returns, lengths, summary = summarise(episodes, args.gamma, early_steps(env))
         append_csv(out / "eval.csv", ["global_step", "episode", "return", "length"],
                    episode_rows(p["step"], returns, lengths))
         row |= summary
@@ -519,6 +466,13 @@ def finish_epoch(args, p, policy, model, D_env, D_model, eval_envs, board, bar):
     p |= {"updated": 0, "train_returns": [], "seconds": {}}
 
 
+def make_eval_group(args):
+    """Evaluation's envs, in as many worker processes as torch has threads. A step of the toy is
+    cheaper than a message to a worker."""
+    workers = 1 if args.env == "point-fwd-bwd" else torch.get_num_threads()
+    return make_group(lambda: make_env(args), args.eval_episodes, workers)
+
+
 def compiler_works():
     """Whether torch.compile can build anything here."""
     try:
@@ -526,6 +480,13 @@ def compiler_works():
     except Exception:  # whatever the missing compiler turns into, on any version
         return False
     return True
+
+
+def compile_all(policy, model):
+    """Fuse the many small kernels around the matrix products: the same equations, compiled once."""
+    policy.compile_losses()
+    policy.distribution = torch.compile(policy.distribution, dynamic=False)  # batches: M, 50 and 1
+    model.predict = torch.compile(model.predict)
 
 
 def main(args, env, state=None):
@@ -546,17 +507,16 @@ def main(args, env, state=None):
         p["losses"] = p["losses"].to(device)
     if args.compile == "on" or args.compile == "auto" and args.E * args.G >= 10_000:
         if compiler_works():
-            policy.compile_losses()
+            compile_all(policy, model)
         else:
             print("compile      off: torch.compile found no working C++ compiler (g++); running eager")
     open_run_folder(args, state)
     print(describe(args, env, p), flush=True)
-    eval_envs = [make_env(args) for _ in range(args.eval_episodes)]
     obs = replay(env, p, args)
     save = lambda: checkpoint.save(Path(args.out), vars(args), p, policy, model, D_env, D_model)
     board = tensorboard(args.out)
 
-    with checkpoint.StopSignals() as stop, tqdm(
+    with closing(make_eval_group(args)) as group, checkpoint.StopSignals() as stop, tqdm(
             total=args.N * args.E, initial=p["step"], unit="step", dynamic_ncols=True,
             smoothing=0.05, disable=args.N * args.E == p["step"]) as bar:
         stored = False  # whether D_model holds a row. Asked once per fit: asking waits for the GPU
@@ -591,7 +551,7 @@ def main(args, env, state=None):
                 if stop.received and p["step"] < epoch * args.E:
                     save()
                     return stop.received
-            finish_epoch(args, p, policy, model, D_env, D_model, eval_envs, board, bar)
+            finish_epoch(args, env, p, policy, model, D_env, D_model, group, board, bar)
             if epoch % args.checkpoint_every == 0 or epoch == args.N or stop.received:
                 save()
             if stop.received:

@@ -31,6 +31,7 @@ import numpy as np
 import checkpoint
 import envs
 import m3po
+from evaluation import Group, early_steps, evaluate, summarise
 
 BLUE, RED, GREY = "#0072B2", "#CC3311", "#8C8C8C"  # told apart by the colour-blind too
 COLOURS = {1: BLUE, -1: RED, 0: GREY}  # of a direction; 0 is none
@@ -308,7 +309,7 @@ def load(folder):
 
 def report(episodes, gamma, early):
     """Prints returns per episode, and how the agent fared after switches."""
-    returns, lengths, s = m3po.summarise(episodes, gamma, early)
+    returns, lengths, s = summarise(episodes, gamma, early)
     for i, (value, length) in enumerate(zip(returns, lengths)):
         right = episodes["right_way"][:, i]
         way = f"  right way {np.nanmean(right):4.0%}" if np.isfinite(right).any() else ""
@@ -367,8 +368,8 @@ def play(args):
     film = Film(env) if args.view or args.video or args.strip else env
     others = [m3po.make_env(run) for _ in range(args.episodes - 1)]
     env_seeds = m3po.seeds(args.seed, 2, 0, args.episodes)  # 2: no training's, no evaluation's
-    episodes = m3po.evaluate(policy, [film, *others], env_seeds, run.L, "cpu")
-    report(episodes, run.gamma, m3po.early_steps(env))
+    episodes = evaluate(policy, Group([film, *others]), env_seeds, run.L, "cpu")
+    report(episodes, run.gamma, early_steps(env))
     if film is env:
         return
     whole = around = (0, len(film))

@@ -36,6 +36,7 @@ import torch
 from PIL import Image
 from gymnasium.spaces import Box, Dict, Discrete, Tuple
 from gymnasium.utils.env_checker import check_env
+from torch.utils.flop_counter import FlopCounterMode
 from torch.distributions import (
     Categorical,
     Independent,
@@ -46,10 +47,12 @@ from torch.distributions import (
 )
 
 import ablations
+import bench
 import bounds
 import checkpoint
 import diagnostics
 import envs
+import evaluation
 import figures
 import m3po
 import play
@@ -1986,11 +1989,17 @@ def test_updates_find_the_best_action_which_only_the_history_tells():
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-def test_compiled_losses_equal_the_eager_ones():
+def test_what_is_compiled_equals_the_eager_original():
     policy, _, noise = core_update_case()
     batch = core_random_batch(2, 2, L=1, B=32)  # the GRU's steps are unrolled: few compile sooner
-    compiled = copy.deepcopy(policy)
-    compiled.compile_losses()
+    compiled, model = copy.deepcopy(policy), MetaModel(2, 2, widths=(8, 8))
+    window = batch.tokens[:-1], batch.mask[:-1]
+    history = *window, batch.next_obs
+    before = policy.act(*history, True), model.predict_mean(*history, noise[0])
+    m3po.compile_all(compiled, model)
+    assert torch.allclose(before[0], compiled.act(*history, True), atol=1e-6)
+    for a, b in zip(before[1], model.predict_mean(*history, noise[0])):
+        assert torch.allclose(a, b, atol=1e-5)
     for _ in range(2):
         assert torch.allclose(policy.update(batch, noise), compiled.update(batch, noise), rtol=1e-4)
     for a, b in zip(policy.parameters(), compiled.parameters()):
@@ -2233,11 +2242,13 @@ def test_evaluation_shows_the_policy_the_tokens_of_the_history_contract():
     seen = []
 
     class Policy:
+        act_dim = 1
+
         def act(self, tokens, mask, obs, deterministic):
             seen.append((obs[0, 0].item(), tokens[mask][:, [0, 2]].tolist()))
             return torch.zeros(len(obs), 1)
 
-    m3po.evaluate(Policy(), [RunCountingEnv()], [0], 2, "cpu")
+    evaluation.evaluate(Policy(), evaluation.Group([RunCountingEnv()]), [0], 2, "cpu")
     assert seen[0] == (0.0, []) and seen[1] == (1.0, [[0.0, 10.0]])
     assert seen[2] == (2.0, [[0.0, 10.0], [1.0, 20.0]])
     assert seen[3] == (3.0, [[1.0, 20.0], [2.0, 30.0]])
@@ -2400,9 +2411,9 @@ def test_a_loaded_agent_evaluates_exactly_as_the_live_one(tmp_path):
     run(tmp_path / "a", "--env", "halfcheetah-pier")
     policy, model, env, args = m3po.load(tmp_path / "a")
     env_seeds = m3po.seeds(args.seed, 1, args.N, 2)
-    episodes = m3po.evaluate(policy, [env, m3po.make_env(args)], env_seeds, args.L, "cpu")
+    episodes = evaluation.evaluate(policy, evaluation.Group([env, m3po.make_env(args)]), env_seeds, args.L, "cpu")
     live = [float(row["return"]) for row in run_rows(tmp_path / "a", "eval.csv")[-2:]]
-    assert m3po.summarise(episodes, args.gamma)[0].tolist() == live
+    assert evaluation.summarise(episodes, args.gamma)[0].tolist() == live
 
 
 RUN_KILLED = """
@@ -2562,12 +2573,12 @@ def test_the_error_by_depth_grows_as_a_wrong_model_adds_its_error_up():
 
 def test_adaptation_is_the_reward_within_50_steps_after_a_real_switch():
     T = 120
-    episodes = {"reward": np.ones((T, 1)), "since": np.arange(T, dtype=float)[:, None],
+    episodes = {"reward": np.ones((T, 1)), "steps_since_switch": np.arange(T, dtype=float)[:, None],
                 "switched": np.zeros((T, 1)), "right_way": np.ones((T, 1))}
-    episodes["switched"][60], episodes["since"][60:] = 1, np.arange(60)[:, None]
+    episodes["switched"][60], episodes["steps_since_switch"][60:] = 1, np.arange(60)[:, None]
     episodes["reward"][60:110] = -2
     episodes["right_way"][60:90] = 0
-    returns, lengths, found = m3po.summarise(episodes, 0.5)
+    returns, lengths, found = evaluation.summarise(episodes, 0.5)
     assert returns[0] == 70 - 100 and lengths[0] == T
     assert found["eval_reward_after_switch"] == -2 and found["eval_reward_otherwise"] == 1
     assert found["eval_right_way"] == 0.75
@@ -2576,8 +2587,8 @@ def test_adaptation_is_the_reward_within_50_steps_after_a_real_switch():
 
 def test_an_episode_that_ended_is_not_counted_on():
     episodes = {name: np.array([[1.0, 1.0], [1.0, math.nan]]) for name in
-                ("reward", "since", "switched", "right_way")}
-    returns, lengths, _ = m3po.summarise(episodes, 0.9)
+                ("reward", "steps_since_switch", "switched", "right_way")}
+    returns, lengths, _ = evaluation.summarise(episodes, 0.9)
     assert returns.tolist() == [2, 1] and lengths.tolist() == [2, 1]
 
 
@@ -3242,8 +3253,8 @@ def test_play_evaluates_as_training_does_and_says_how_the_agent_fared(see_runs, 
     play.main([see_runs["toy"], "--episodes", "4", "--seed", "5"])
     printed = capsys.readouterr().out
     policy, _, _, args = m3po.load(see_runs["toy"])
-    test = [m3po.make_env(args) for _ in range(4)]
-    found = m3po.evaluate(policy, test, m3po.seeds(5, 2, 0, 4), args.L, "cpu")
+    test = evaluation.Group([m3po.make_env(args) for _ in range(4)])
+    found = evaluation.evaluate(policy, test, m3po.seeds(5, 2, 0, 4), args.L, "cpu")
     returns = np.nansum(found["reward"], 0)
     for i, value in enumerate(returns):
         assert f"episode {i:3d}  return {value:9.1f}  length  100" in printed
@@ -3648,3 +3659,136 @@ def test_bad_input_to_the_ablations_is_one_line_and_nothing_is_created(
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.count("\n") == 1 and says in message
     assert list(tmp_path.iterdir()) == []
+
+
+# ==================================================================================================
+# evaluation.py and bench.py
+# ==================================================================================================
+
+
+class WorkerEnv:
+    """Returns its seed and its age; seed 3 breaks at its third step."""
+
+    def reset(self, seed=None):
+        self.seed, self.t = seed, 0
+        return np.array([seed, 0], np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        if self.seed == 3 and self.t == 3:
+            raise RuntimeError("the simulator broke")
+        info = {"right_way": bool(action[0] > 0), "pid": os.getpid()}
+        return np.array([self.seed, self.t], np.float32), action[0] * self.t, False, self.t == 4, info
+
+    def close(self):
+        pass
+
+
+def test_worker_processes_step_exactly_what_one_process_steps():
+    make = lambda: envs.make("ant-fwd-bwd")
+    alone, shared = evaluation.make_group(make, 16, 1), evaluation.make_group(make, 16, 2)
+    assert (alone.workers, shared.workers) == (1, 2)
+    env_seeds = list(range(16))
+    rng = np.random.default_rng(0)
+    assert np.array_equal(alone.reset(env_seeds), shared.reset(env_seeds))
+    for _ in range(60):  # random ants fall: some end while others go on
+        actions = rng.uniform(-1, 1, (16, 8)).astype(np.float32)
+        for a, b in zip(alone.step(actions), shared.step(actions)):
+            assert np.array_equal(a, b, equal_nan=True)
+    assert 0 < alone.running.sum() < 16
+    shared.close()
+
+
+def test_an_evaluation_with_workers_is_the_same_and_restores_the_threads():
+    policy, threads = MetaPolicy(17, 6, widths=(8, 8)), torch.get_num_threads()
+    make = lambda: envs.make("halfcheetah-fwd-bwd")
+    found = [evaluation.evaluate(policy, group, list(range(16)), 3, "cpu")
+             for group in (evaluation.make_group(make, 16, 1), evaluation.make_group(make, 16, 2))]
+    assert torch.get_num_threads() == threads
+    for name, values in found[0].items():
+        assert values.shape == (1000, 16) and np.allclose(values, found[1][name], atol=1e-3), name
+
+
+def test_an_error_in_a_worker_reaches_the_main_process():
+    group = evaluation.make_group(WorkerEnv, 16, 2)
+    group.reset(list(range(16)))
+    group.step(np.ones((16, 1))), group.step(np.ones((16, 1)))
+    with pytest.raises(RuntimeError, match="the simulator broke"):
+        group.step(np.ones((16, 1)))
+    group.close()
+
+
+def test_few_episodes_are_not_worth_a_process():
+    assert evaluation.make_group(WorkerEnv, 15, 4).workers == 1
+    assert evaluation.make_group(WorkerEnv, 0, 4).envs == []
+
+
+WORKERS_LEFT = """
+import os, sys, time
+import evaluation, test_m3po
+group = evaluation.make_group(test_m3po.WorkerEnv, 16, 2)
+group.reset(list(range(16)))
+print(*(p.pid for p in evaluation.multiprocessing.active_children()), flush=True)
+time.sleep(60)
+"""
+
+
+def test_workers_end_when_the_main_process_is_killed():
+    main = subprocess.Popen([sys.executable, "-c", WORKERS_LEFT], stdout=subprocess.PIPE, text=True,
+                            cwd=Path(m3po.__file__).parent)
+    pids = [int(pid) for pid in main.stdout.readline().split()]
+    assert len(pids) == 2 and all(Path(f"/proc/{pid}").exists() for pid in pids)
+    main.kill()
+    main.wait()
+    deadline = time.time() + 20
+    gone = lambda pid: (not Path(f"/proc/{pid}").exists()
+                        or ") Z" in Path(f"/proc/{pid}/stat").read_text())
+    while not all(map(gone, pids)):
+        assert time.time() < deadline, "a worker outlived its main process"
+        time.sleep(0.1)
+
+
+def test_the_floor_is_the_matrix_products_of_an_update():
+    """torch's own count of the eager update, which has no matrix product with h: L of them forward
+    in each of 8 encodings (actor 1 + 1, Q 2 + 2, target 2) and twice as many back in 3."""
+    O, A, L, B, H = 5, 2, 4, 16, 5
+    policy = MetaPolicy(O, A, widths=(8, 8))
+    batch = core_random_batch(O, A, L=L, B=B)
+    with FlopCounterMode(display=False) as counted:
+        policy.update(batch, torch.randn(2, B, A))
+    with_h = 2 * B * H * 3 * H * L * (8 + 2 * 3)
+    floor = bench.update_products(policy, B, L)
+    with FlopCounterMode(display=False) as multiplied:
+        bench.multiply(floor)
+    assert multiplied.get_total_flops() == counted.get_total_flops() + with_h
+
+
+def test_medians_are_of_the_runs_after_the_warm_up():
+    calls = {"a": 0, "b": 0}
+
+    def job(name, seconds):
+        calls[name] += 1
+        time.sleep(0.2 if calls[name] <= 2 else seconds)
+
+    found = bench.medians({"a": lambda: job("a", 0.01), "b": lambda: job("b", 0.03)}, 5,
+                          torch.device("cpu"))
+    assert calls == {"a": 7, "b": 7} and found["a"] < found["b"] < 0.1
+
+
+def test_the_simulators_floor_does_the_steps_that_the_evaluation_did():
+    recorder = bench.Recorder([envs.make("point-fwd-bwd") for _ in range(2)])
+    policy = MetaPolicy(1, 1, widths=(8, 8))
+    found = evaluation.evaluate(policy, recorder, [0, 1], 3, "cpu")
+    assert len(recorder.taken) == 100 and [i for i, _ in recorder.taken[-1]] == [0, 1]
+    recorder.envs[0].reset(seed=0)
+    for t, taken in enumerate(recorder.taken):
+        assert recorder.envs[0].step(taken[0][1])[1] == found["reward"][t, 0]
+
+
+def test_gymnasiums_own_env_of_the_bench_has_our_physics():
+    ours, plain = envs.make("halfcheetah-fwd-bwd"), bench.plain_env("halfcheetah-fwd-bwd")
+    ours.reset(seed=0), plain.reset(seed=0)
+    plain.unwrapped.set_state(ours.unwrapped.data.qpos, ours.unwrapped.data.qvel)
+    for action in np.random.default_rng(0).uniform(-1, 1, (20, 6)).astype(np.float32):
+        a, b = ours.step(action), plain.step(action)
+    assert np.allclose(a[0], b[0], atol=1e-4)

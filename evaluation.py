@@ -1,0 +1,158 @@
+"""Evaluation: fresh episodes under the mean action, and how fast the agent adapts in them.
+
+Adapting is nothing but tokens entering the window: no gradient, no task id. All episodes run side
+by side, so that the policy sees one batch per time step; the envs step on all CPU cores at once.
+"""
+
+import math
+import multiprocessing
+import os
+import signal
+
+import numpy as np
+import torch
+
+from rollouts import LiveHistory
+
+SEEN = ("steps_since_switch", "switched", "right_way")  # of info, where the env has them
+
+
+class Group:
+    """n envs in this process, each for one episode at a time."""
+
+    workers = 1
+
+    def __init__(self, envs):
+        self.envs = envs
+
+    def reset(self, env_seeds):
+        """The first observations [n, O]."""
+        self.obs = np.stack([env.reset(seed=s)[0] for env, s in zip(self.envs, env_seeds)])
+        self.running = np.ones(len(self.envs), bool)
+        return self.obs
+
+    def step(self, actions):
+        """One step of every env that still runs: obs [n, O], reward and SEEN [4, n] (NaN where an
+        env does not run or does not say), running [n]."""
+        found = np.full((1 + len(SEEN), len(self.envs)), np.nan)
+        for i in self.running.nonzero()[0]:
+            self.obs[i], reward, terminated, truncated, info = self.envs[i].step(actions[i])
+            found[:, i] = reward, *(info.get(name, np.nan) for name in SEEN)
+            self.running[i] = not (terminated or truncated)
+        return self.obs, found, self.running
+
+    def close(self):
+        for env in self.envs:
+            env.close()
+
+
+class Workers:
+    """A Group whose envs are dealt to `workers` processes, which step them at the same time."""
+
+    def __init__(self, make_env, n, workers):
+        context = multiprocessing.get_context("fork")  # at once, and nothing has to be pickled
+        self.workers, self.parts = workers, np.array_split(np.arange(n), workers)
+        self.pipes = []
+        for worker, part in enumerate(self.parts):
+            ours, theirs = context.Pipe()
+            job = (ours, theirs, make_env, len(part), worker)
+            context.Process(target=serve, args=job, daemon=True).start()
+            theirs.close()
+            self.pipes.append(ours)
+
+    def ask(self, verb, values):
+        for pipe, part in zip(self.pipes, self.parts):
+            pipe.send((verb, values[part[0]:part[-1] + 1]))
+        answers = [pipe.recv() for pipe in self.pipes]
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
+    def reset(self, env_seeds):
+        return np.concatenate(self.ask("reset", env_seeds))
+
+    def step(self, actions):
+        obs, found, running = zip(*self.ask("step", actions))
+        return np.concatenate(obs), np.concatenate(found, 1), np.concatenate(running)
+
+    def close(self):
+        for pipe in self.pipes:
+            pipe.close()  # the worker reads the end of the pipe, and ends
+
+
+def serve(ours, theirs, make_env, n, worker):
+    """A worker: does what its pipe asks until that closes, also by the death of who asks."""
+    ours.close()
+    if hasattr(os, "sched_setaffinity"):  # else the kernel wakes all workers on the sender's core
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[worker % len(cores)]})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    group = None
+    while True:
+        try:
+            verb, value = theirs.recv()
+        except EOFError:
+            return
+        try:
+            group = group or Group([make_env() for _ in range(n)])
+            theirs.send(getattr(group, verb)(value))
+        except Exception as error:
+            theirs.send(error)
+
+
+def make_group(make_env, n, workers):
+    """n envs, in worker processes if there are several and each gets at least eight."""
+    workers = min(workers, n // 8)
+    if workers > 1 and "fork" in multiprocessing.get_all_start_methods():
+        return Workers(make_env, n, workers)
+    return Group([make_env() for _ in range(n)])
+
+
+def evaluate(policy, group, env_seeds, L, device):
+    """One fresh episode per env of the group with the mean action, all as one batch.
+
+    Returns arrays [T, n], NaN past an episode's end: reward, steps_since_switch, switched, right_way.
+    """
+    threads = torch.get_num_threads()
+    if group.workers > 1:  # torch's own threads would spin on the cores that the workers need
+        torch.set_num_threads(1)
+    obs = group.reset(env_seeds)
+    history = LiveHistory(len(obs), L, obs.shape[1] + policy.act_dim + 1, device)
+    running, log = np.ones(len(obs), bool), []
+    while running.any():
+        obs_t = torch.tensor(obs, device=device)  # a copy: the group writes to its own
+        action_t = policy.act(history.tokens, history.mask, obs_t, deterministic=True)
+        obs, found, running = group.step(action_t.cpu().numpy())
+        log.append(found)
+        history.append(obs_t, action_t, torch.tensor(np.nan_to_num(found[0]), dtype=torch.float32,
+                                                     device=device))
+    torch.set_num_threads(threads)
+    return dict(zip(("reward", *SEEN), np.stack(log, 1)))
+
+
+def early_steps(env):
+    """How many steps after a switch count as adapting: 50, or half a period where that is shorter."""
+    return min(50, (getattr(env.unwrapped, "switch_every", None) or 100) // 2)
+
+
+def summarise(episodes, gamma, early=50):
+    """Returns and lengths per episode, and how fast the agent adapts, from evaluate's arrays: the
+    reward per step in the first `early` steps after a switch against the rest."""
+    reward = episodes["reward"]
+    discount = gamma ** np.arange(len(reward))[:, None]
+    returns = np.nansum(reward, 0)
+    lengths = np.isfinite(reward).sum(0)
+    # Time since a real switch; the start of an episode is not one.
+    after = np.cumsum(np.nan_to_num(episodes["switched"]), 0) > 0
+    just_after = after & (episodes["steps_since_switch"] < early)
+    mean = lambda values: float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+    return returns, lengths, {
+        "eval_return_mean": float(returns.mean()), "eval_return_std": float(returns.std()),
+        "eval_length_mean": float(lengths.mean()),
+        "eval_discounted_return": float(np.nansum(discount * reward, 0).mean()),
+        "eval_reward_after_switch": mean(np.where(just_after, reward, np.nan)),
+        "eval_reward_otherwise": mean(np.where(just_after, np.nan, reward)),
+        "eval_right_way": mean(episodes["right_way"]),
+    }
