@@ -19,6 +19,7 @@ import torch
 import bounds
 from model import gaussian_nll
 from policy import MetaPolicy
+from rollouts import slide
 
 DEPTHS = 5
 FIELDS = [f"{what}_depth_{d}" for what in ("nll", "rmse_reward", "rmse_obs")
@@ -56,8 +57,7 @@ def error_by_depth(model, D_env, most=1_000):
         error = (obs + predicted[:, 1:] - next_obs) / model.token_std[:O]
         found["rmse_obs"].append(error.pow(2).mean().sqrt())
         token = torch.cat([obs, actions, predicted[:, :1]], -1)  # the imagined token comes next
-        tokens = torch.cat([tokens, token[None]])[1:]
-        mask = torch.cat([mask, torch.ones_like(mask[:1]) if len(mask) else mask])[1:]
+        tokens, mask = slide(tokens, mask, token)
         obs = obs + predicted[:, 1:]
     return {f"{name}_depth_{d + 1}": v.item() for name, values in found.items()
             for d, v in enumerate(values)}

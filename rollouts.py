@@ -55,6 +55,13 @@ class Batch(NamedTuple):
                         self.terminated[rows])
 
 
+def slide(tokens, mask, token, exists=True):
+    """The window [L, B, D], [L, B] a step later: token [B, D] enters, the oldest falls out. exists
+    [B] or a bool: where the token is real to its history."""
+    own = torch.ones_like(token[:, 0], dtype=torch.bool) & exists
+    return torch.cat([tokens, token[None]])[1:], torch.cat([mask, own[None]])[1:]
+
+
 class LiveHistory:
     """The windows of n episodes as they happen: what an acting agent carries, and all it carries."""
 
@@ -62,13 +69,10 @@ class LiveHistory:
         self.tokens = torch.zeros(L, n, token_dim, device=device)  # oldest first
         self.mask = torch.zeros(L, n, dtype=torch.bool, device=device)
 
-    def append(self, obs, actions, rewards, exists=None):
-        """Step t is over: its token (o_t, a_t, r_t) enters, the oldest falls out."""
+    def append(self, obs, actions, rewards):
+        """Step t is over: its token (o_t, a_t, r_t) enters the windows."""
         token = torch.cat([obs, actions, rewards[:, None]], -1)  # [n, D]
-        exists = torch.ones_like(token[:, 0], dtype=torch.bool) if exists is None else exists
-        self.tokens = torch.cat([self.tokens, token[None]])[1:]
-        self.mask = torch.cat([self.mask, exists[None]])[1:]
-        return token
+        self.tokens, self.mask = slide(self.tokens, self.mask, token)
 
 
 class EnvBuffer:
@@ -269,9 +273,8 @@ class ModelBuffer:
         self.count[block] = stored.sum()
         self.written += 1
         self.stats += torch.stack([b.alive.sum(), (stored & done).sum(), (b.alive & ~finite).sum()])
-        return Branches(torch.cat([b.tokens, token[None]])[1:],  # the oldest token falls out
-                        torch.cat([b.mask, stored[None]])[1:],
-                        next_obs, b.origin, b.depth + 1, stored & ~done)
+        return Branches(*slide(b.tokens, b.mask, token, stored), next_obs, b.origin, b.depth + 1,
+                        stored & ~done)
 
     def counts(self):
         """Rows per block [blocks] that may be sampled."""
