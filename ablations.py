@@ -28,6 +28,7 @@ from tqdm import tqdm
 import checkpoint
 import figures
 import m3po
+from evaluation import early_steps
 
 ROWS = {  # label: flags of m3po.py, what it shows
     "M3PO": ("", "the default, k = 1"),
@@ -132,7 +133,7 @@ def table(runs, said, args, env):
         f"`{args.env}`, {args.eval_episodes} episodes after {args.N * args.E:,} env steps; means "
         f"over seeds, that of the return with Student's 95 % interval.{closed_form(env)}", "",
         "| variant | flags | final return | right way | reward per step, first "
-        f"{m3po.early_steps(env)} after a switch / else | explained reward, held out | seeds |",
+        f"{early_steps(env)} after a switch / else | explained reward, held out | seeds |",
         "|---|---|---|---|---|---|---|"]
     for label, found in runs.items():
         def mean(column):

@@ -4,12 +4,12 @@
     python bench.py --env ant-fwd-bwd --threads 1
 
 The floor of a policy update, a model rollout or a model fit is the matrix products it needs,
-forward and backward, into memory that is already there, and nothing else. The floor of an env step
-and of an evaluation is `mj_step` alone. All jobs of a table run in turns, so that whatever else the
+forward and backward, into memory that is already there, and nothing else. (The GRU's products with h
+count as such; model.py does them as sums.) The floor of an env step and of an evaluation is `mj_step`
+alone, with the same forces on the same states, one env after the other. All jobs of a table run in turns, so that whatever else the
 machine does meets them alike; times are medians.
 """
 
-import argparse
 import copy
 import resource
 import statistics
@@ -52,7 +52,7 @@ def show(title, times, floor, unit, count):
     """One row per job: time per unit, units per second, and how many floors it takes."""
     print(f"\n{title:44} {'ms / ' + unit:>16} {unit + 's / s':>16} {'x floor':>8}")
     for name, seconds in times.items():
-        print(f"  {name:42} {seconds / count * 1e3:16.4f} {count / seconds:16,.0f} "
+        print(f"  {name:42} {seconds / count * 1e3:16.4g} {count / seconds:16,.0f} "
               f"{seconds / times[floor]:8.2f}", flush=True)
 
 
@@ -96,9 +96,8 @@ def update_products(policy, B, L):
     return critic + actor
 
 
-def bench_nets(args, env, device):
+def bench_nets(args, flags, env, device):
     """Policy updates, model rollouts and model fits on made-up data of the env's sizes."""
-    flags, _, _ = m3po.parse_args(["--env", args.env, "--out", "runs/bench"])
     policy, model = m3po.build(flags, env, device)
     O, A, L, B, G, M = (policy.obs_dim, policy.act_dim, flags.L, flags.batch_size, flags.G, flags.M)
     D_env = EnvBuffer(ROWS, O, A, L, device)
@@ -115,40 +114,50 @@ def bench_nets(args, env, device):
         for batch, n in zip(m3po.sample_batches(D_model, D_env, 1.0, G, B), noise):
             policy.update(batch, n)
 
-    def rollouts(policy, model):
+    def rollouts(policy):
         for _ in range(10):
             D_model.rollout(policy, model)
 
-    modes = {"eager": (policy, model)}
+    modes = {"eager": policy}
     if m3po.compiler_works():
-        modes["compiled"] = copy.deepcopy(policy), copy.deepcopy(model)
-        m3po.compile_all(*modes["compiled"])
+        modes["compiled"] = copy.deepcopy(policy)
+        modes["compiled"].compile_methods()
     floor = update_products(policy, B, L)
     jobs = {"floor: its matrix products": lambda: [multiply(floor) for _ in range(G)]}
-    jobs |= {f"{name}, sampling included": lambda p=p: updates(p) for name, (p, _) in modes.items()}
+    jobs |= {f"{name}, sampling included": lambda p=p: updates(p) for name, p in modes.items()}
     show(f"policy update, batch {B}, width {flags.width}, L {L}",
          medians(jobs, args.repeats, device), "floor: its matrix products", "update", G)
 
     members = -(-M // model.elites)
     step = products(policy.actor, M, L) + products(model.net, members, L)
     jobs = {"floor: its matrix products": lambda: [multiply(step) for _ in range(10 * flags.k)]}
-    jobs |= {name: lambda both=both: rollouts(*both) for name, both in modes.items()}
+    jobs |= {name: lambda p=p: rollouts(p) for name, p in modes.items()}
     show(f"model rollouts, M {M}, k {flags.k}", medians(jobs, args.repeats, device),
          "floor: its matrix products", "imagined step", 10 * M * flags.k)
 
     train, held = len(D_env.rows(holdout=False)), len(D_env.rows(holdout=True))
-    passes, batches = 5, -(-train // flags.model_batch)
+    passes, batches = 5, train // flags.model_batch
     one_step = products(model.net, flags.model_batch, L, "all")
-    look = products(model.net, held, L)  # validation, before and after each pass
-    jobs = {"floor: its matrix products":
-            lambda: [multiply(one_step) for _ in range(passes * batches)] + [
-                multiply(look) for _ in range(passes + 1)]}
+    rest = products(model.net, train % flags.model_batch, L, "all")  # the last, smaller minibatch
+    look = products(model.net, held, L)  # validation: at the start, after each pass, at the end,
+    back = products(model.net, min(train, model.max_holdout), L)  # and once on the training rows
 
-    def fit(model):
+    def fit_floor():
+        for _ in range(passes):
+            for _ in range(batches):
+                multiply(one_step)
+            multiply(rest)
+        for _ in range(passes + 2):
+            multiply(look)
+        multiply(back)
+
+    jobs = {"floor: its matrix products": fit_floor}
+
+    def fit():
         model.max_passes, model.patience = passes, passes + 1
         model.fit(D_env)
 
-    jobs |= {name: lambda m=m: fit(m) for name, (_, m) in modes.items()}
+    jobs["eager"] = fit
     show(f"model fit, {len(model.min_logvar)} members, validation included",
          medians(jobs, max(3, args.repeats // 4), device), "floor: its matrix products", "row",
          passes * train * len(model.min_logvar))
@@ -171,118 +180,119 @@ def bench_env(args, name):
     """Env steps under random actions; episodes that end are begun again."""
     ours, plain = envs.make(name), plain_env(name)
     actions = np.random.default_rng(0).uniform(-1, 1, (500, *ours.action_space.shape))
+    low, high = plain.action_space.low, plain.action_space.high
+    own_actions = low + (actions + 1) / 2 * (high - low)
+    inner = ours.unwrapped
 
-    def steps(env):
+    def steps(env, actions, taken=None):
         env.reset(seed=0)
-        ends = []
-        for action in actions.astype(env.action_space.dtype):
+        for action in actions.astype(np.float32):
             _, _, terminated, truncated, _ = env.step(action)
-            ends.append(terminated or truncated)
-            if ends[-1]:
+            if taken is not None:
+                taken.append((inner.data.ctrl.copy(), terminated or truncated))
+            if terminated or truncated:
                 env.reset()
-        return ends
 
-    ends = steps(ours)
+    taken = []
+    steps(ours, actions, taken)
 
     def raw():
-        inner = ours.unwrapped
         ours.reset(seed=0)
-        for action, ended in zip(actions, ends):
-            inner.data.ctrl[:] = action
+        for ctrl, ended in taken:
+            inner.data.ctrl[:] = ctrl
             mujoco.mj_step(inner.model, inner.data, nstep=inner.frame_skip)
             if ended:
                 ours.reset()
 
-    jobs = {"floor: mj_step": raw, "Gymnasium's own env": lambda: steps(plain),
-            "ours": lambda: steps(ours)}
+    jobs = {"floor: mj_step": raw, "Gymnasium's own env": lambda: steps(plain, own_actions),
+            "ours": lambda: steps(ours, actions)}
     show(f"env step, {name}", medians(jobs, args.repeats, torch.device("cpu")), "floor: mj_step",
          "env step", len(actions))
 
 
 class Recorder(Group):
-    """A group that notes which env took which action."""
+    """A group that notes which env was driven by which forces."""
 
     def __init__(self, envs):
         super().__init__(envs)
         self.taken = []
 
     def step(self, actions):
-        self.taken.append([(i, actions[i].copy()) for i in self.running.nonzero()[0]])
-        return super().step(actions)
+        ran = self.running.nonzero()[0]
+        result = super().step(actions)
+        self.taken.append([(i, self.envs[i].unwrapped.data.ctrl.copy()) for i in ran])
+        return result
 
 
-def bench_evaluation(args, env, device):
-    """One evaluation against the mj_steps of the same envs under the same actions."""
-    flags, _, _ = m3po.parse_args(["--env", args.env, "--out", "runs/bench"])
-    policy, model = m3po.build(flags, env, device)
-    n = flags.eval_episodes
+def bench_evaluation(args, flags, env, device):
+    """One evaluation, of an untrained agent, against the mj_steps of the same envs."""
+    policy, _ = m3po.build(flags, env, device)
+    n, seeds = flags.eval_episodes, list(range(flags.eval_episodes))
     recorder = Recorder([envs.make(args.env) for _ in range(n)])
-    evaluate(policy, recorder, list(range(n)), flags.L, device)
-    if m3po.compiler_works():
-        m3po.compile_all(policy, model)
+    evaluate(policy, recorder, seeds, flags.L, device)
 
     def raw():
-        recorder.reset(list(range(n)))
+        recorder.reset(seeds)
         sims = [env.unwrapped for env in recorder.envs]
         for taken in recorder.taken:
-            for i, action in taken:
-                sims[i].data.ctrl[:] = action
+            for i, ctrl in taken:
+                sims[i].data.ctrl[:] = ctrl
                 mujoco.mj_step(sims[i].model, sims[i].data, nstep=sims[i].frame_skip)
 
     with closing(m3po.make_eval_group(flags)) as group:
-        jobs = {"floor: mj_step, one after the other": raw,
-                f"ours, workers: {group.workers}":
-                lambda: evaluate(policy, group, list(range(n)), flags.L, device)}
-        show(f"evaluation of {n} episodes, {args.env}", medians(jobs, 3, device),
-             "floor: mj_step, one after the other", "episode", n)
+        if m3po.compiler_works():
+            policy.compile_methods()
+        jobs = {"floor: mj_step": raw,
+                f"ours, in {group.workers} processes":
+                lambda: evaluate(policy, group, seeds, flags.L, device)}
+        show(f"evaluation of {n} episodes, {args.env}", medians(jobs, max(3, args.repeats // 4), device),
+             "floor: mj_step", "episode", n)
 
 
 # ---- memory -------------------------------------------------------------------------------------
 
 
-def bench_memory(device):
+def bench_memory():
     """D_model of humanoid-direc at M = 1000 with an epoch of E = 1000 env steps kept, filled."""
     env = envs.make("humanoid-direc")
     O, A = env.observation_space.shape[0], env.action_space.shape[0]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    D_env = EnvBuffer(200_000, O, A, 10, device)
+    D_env = EnvBuffer(200_000, O, A, 10)
     D_model = ModelBuffer(D_env, 1_000, 1, 1_000, envs.termination_fn(env))
-    D_env.total, D_model.written = D_env.capacity, D_model.blocks
-    D_model.count.fill_(D_model.M)
     tensors = [getattr(D_model, name) for name in ModelBuffer.STATE]
     for tensor in (*tensors, *(getattr(D_env, name) for name in EnvBuffer.STATE)):
-        tensor.copy_(tensor.clone() if tensor is D_model.count else torch.zeros_like(tensor))
+        tensor.zero_()  # touches every page
+    D_env.total, D_model.written = D_env.capacity, D_model.blocks
     D_model.count.fill_(D_model.M)
     D_model.sample(40 * 256)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    windows = D_model.blocks * D_model.M * 11 * (O + A + 1) * 4
-    print(f"\nD_model of humanoid-direc, M 1000, E 1000: "
-          f"{sum(t.nbytes for t in tensors) / 1e6:,.0f} MB; with D_env of 200,000 steps and one batch "
-          f"of 40 updates the process grew by {grown / 1e3:,.0f} MB (windows stored whole: "
-          f"{windows / 1e6:,.0f} MB)")
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6  # Linux: in KiB
+    windows = D_model.blocks * D_model.M * 11 * (O + A + 1) * 4 / 1e6
+    print(f"\nD_model of humanoid-direc, M 1000, E 1000: {sum(t.nbytes for t in tensors) / 1e6:,.0f} MB; "
+          f"with D_env of 200,000 steps\nand the batches of one env step the process grew by "
+          f"{grown:,.0f} MB. Windows stored whole would be {windows:,.0f} MB.")
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def main(argv=None):
+    p = m3po.OneLineParser("bench.py", description=__doc__.split("\n\n")[0])
     p.add_argument("--env", default="halfcheetah-fwd-bwd", choices=list(envs.ENVS)[1:], metavar="NAME",
                    help="whose sizes and defaults (%(default)s)")
     p.add_argument("--threads", type=m3po.count, help="of torch (its default)")
-    p.add_argument("--device", choices=("cpu", "cuda"),
-                   default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
     p.add_argument("--repeats", type=m3po.count, default=20, help="turns per table (20)")
-    args = p.parse_args()
+    args = p.parse_args(argv)
+    flags, env, _ = m3po.parse_args(["--env", args.env, "--device", args.device])
     torch.manual_seed(0)
     if args.threads:
         torch.set_num_threads(args.threads)
-    device, env = torch.device(args.device), envs.make(args.env)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else m3po.cpu_name()
+    device = torch.device(flags.device)
+    name = torch.cuda.get_device_name() if flags.device == "cuda" else m3po.cpu_name()
     print(f"{name}; {torch.get_num_threads()} threads; "
           + ", ".join(f"{k} {v[:12]}" for k, v in m3po.versions().items()))
-    bench_memory(device)
+    bench_memory()
     for each in list(envs.ENVS)[1:]:
         bench_env(args, each)
-    bench_evaluation(args, env, device)
-    bench_nets(args, env, device)
+    bench_evaluation(args, flags, env, device)
+    bench_nets(args, flags, env, device)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Evaluation: fresh episodes under the mean action, and how fast the agent adapts in them.
 
 Adapting is nothing but tokens entering the window: no gradient, no task id. All episodes run side
-by side, so that the policy sees one batch per time step; the envs step on all CPU cores at once.
+by side, so that the policy sees one batch per time step; the envs step on several CPU cores at once.
 """
 
 import math
 import multiprocessing
 import os
 import signal
+import traceback
+from multiprocessing.util import Finalize
 
 import numpy as np
 import torch
@@ -52,18 +54,25 @@ class Workers:
     def __init__(self, make_env, n, workers):
         context = multiprocessing.get_context("fork")  # at once, and nothing has to be pickled
         self.workers, self.parts = workers, np.array_split(np.arange(n), workers)
-        self.pipes = []
+        self.pipes, self.processes = [], []
         for worker, part in enumerate(self.parts):
             ours, theirs = context.Pipe()
             job = (ours, theirs, make_env, len(part), worker)
-            context.Process(target=serve, args=job, daemon=True).start()
+            self.processes.append(context.Process(target=serve, args=job, daemon=True))
+            self.processes[-1].start()
             theirs.close()
             self.pipes.append(ours)
+        # At exit, before multiprocessing waits for its processes: they end when their pipe does.
+        self.close = Finalize(self, close_workers, (self.pipes, self.processes), exitpriority=10)
 
     def ask(self, verb, values):
-        for pipe, part in zip(self.pipes, self.parts):
-            pipe.send((verb, values[part[0]:part[-1] + 1]))
-        answers = [pipe.recv() for pipe in self.pipes]
+        """Calls the verb in every worker with its share of values; the answers in their order."""
+        try:
+            for pipe, part in zip(self.pipes, self.parts):
+                pipe.send((verb, values[part[0]:part[-1] + 1]))
+            answers = [pipe.recv() for pipe in self.pipes]
+        except (EOFError, ConnectionError):
+            raise OSError("a process that steps evaluation's envs died") from None
         for answer in answers:
             if isinstance(answer, Exception):
                 raise answer
@@ -76,38 +85,44 @@ class Workers:
         obs, found, running = zip(*self.ask("step", actions))
         return np.concatenate(obs), np.concatenate(found, 1), np.concatenate(running)
 
-    def close(self):
-        for pipe in self.pipes:
-            pipe.close()  # the worker reads the end of the pipe, and ends
+
+def close_workers(pipes, processes):
+    for pipe in pipes:
+        pipe.close()
+    for process in processes:
+        process.join()
 
 
 def serve(ours, theirs, make_env, n, worker):
     """A worker: does what its pipe asks until that closes, also by the death of who asks."""
     ours.close()
-    if hasattr(os, "sched_setaffinity"):  # else the kernel wakes all workers on the sender's core
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[worker % len(cores)]})
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends us
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process gets them too, and closes us
+        signal.signal(number, signal.SIG_IGN)
+    # Else the kernel wakes all workers on the sender's core. Other runs begin at another core.
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[(os.getppid() + worker) % len(cores)]})
     group = None
-    while True:
-        try:
+    try:
+        while True:
             verb, value = theirs.recv()
-        except EOFError:
-            return
-        try:
-            group = group or Group([make_env() for _ in range(n)])
-            theirs.send(getattr(group, verb)(value))
-        except Exception as error:
-            theirs.send(error)
+            try:
+                group = group or Group([make_env() for _ in range(n)])
+                answer = getattr(group, verb)(value)
+            except Exception:
+                answer = RuntimeError(f"in a process of evaluation:\n{traceback.format_exc()}")
+            theirs.send(answer)
+    except (EOFError, ConnectionError):
+        if group:
+            group.close()
 
 
 def make_group(make_env, n, workers):
-    """n envs, in worker processes if there are several and each gets at least eight."""
+    """n envs; on Linux dealt to worker processes, if each gets eight or more: for fewer, messages
+    cost more than is won."""
     workers = min(workers, n // 8)
-    if workers > 1 and "fork" in multiprocessing.get_all_start_methods():
-        return Workers(make_env, n, workers)
-    return Group([make_env() for _ in range(n)])
+    if workers < 2 or not hasattr(os, "sched_setaffinity") or multiprocessing.current_process().daemon:
+        return Group([make_env() for _ in range(n)])
+    return Workers(make_env, n, workers)
 
 
 def evaluate(policy, group, env_seeds, L, device):
@@ -118,17 +133,19 @@ def evaluate(policy, group, env_seeds, L, device):
     threads = torch.get_num_threads()
     if group.workers > 1:  # torch's own threads would spin on the cores that the workers need
         torch.set_num_threads(1)
-    obs = group.reset(env_seeds)
-    history = LiveHistory(len(obs), L, obs.shape[1] + policy.act_dim + 1, device)
-    running, log = np.ones(len(obs), bool), []
-    while running.any():
-        obs_t = torch.tensor(obs, device=device)  # a copy: the group writes to its own
-        action_t = policy.act(history.tokens, history.mask, obs_t, deterministic=True)
-        obs, found, running = group.step(action_t.cpu().numpy())
-        log.append(found)
-        history.append(obs_t, action_t, torch.tensor(np.nan_to_num(found[0]), dtype=torch.float32,
-                                                     device=device))
-    torch.set_num_threads(threads)
+    try:
+        obs = group.reset(env_seeds)
+        history = LiveHistory(len(obs), L, obs.shape[1] + policy.act_dim + 1, device)
+        running, log = np.ones(len(obs), bool), []
+        while running.any():
+            obs_t = torch.tensor(obs, device=device)  # a copy: the group writes to its own
+            action_t = policy.act(history.tokens, history.mask, obs_t, deterministic=True)
+            obs, found, running = group.step(action_t.cpu().numpy())
+            log.append(found)
+            rewards = torch.tensor(np.nan_to_num(found[0]), dtype=torch.float32, device=device)
+            history.append(obs_t, action_t, rewards)
+    finally:
+        torch.set_num_threads(threads)
     return dict(zip(("reward", *SEEN), np.stack(log, 1)))
 
 

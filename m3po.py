@@ -173,8 +173,8 @@ def build_parser():
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                    help="auto takes a GPU if there is one (auto)")
     g.add_argument("--compile", choices=("auto", "on", "off"), default="auto",
-                   help="torch.compile the policy's losses: a minute or two first, then about a third"
-                        " faster; auto does so from 10,000 updates per epoch on (auto)")
+                   help="torch.compile the policy's losses and actions: a minute or two first, then about a"
+                        " third faster; auto does so from 10,000 updates per epoch on (auto)")
     g.add_argument("--eval-episodes", type=natural, default=50, help="episodes per evaluation (50)")
     g.add_argument("--eval-every", type=count, default=1, help="epochs between evaluations (1)")
     g.add_argument("--diagnose-every", type=natural, default=10,
@@ -482,15 +482,9 @@ def compiler_works():
     return True
 
 
-def compile_all(policy, model):
-    """Fuse the many small kernels around the matrix products: the same equations, compiled once."""
-    policy.compile_losses()
-    policy.distribution = torch.compile(policy.distribution, dynamic=False)  # batches: M, 50 and 1
-    model.predict = torch.compile(model.predict)
-
-
 def main(args, env, state=None):
     """Algorithm 2. Returns the number of the signal that stopped it, or None."""
+    eval_group = make_eval_group(args)  # first: its processes are forked
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     policy, model = build(args, env, device)  # line 1
@@ -500,14 +494,14 @@ def main(args, env, state=None):
                           full=args.rollout == "full")
     # Everything that changes from step to step and lies in none of these four.
     p = {"step": 0, "episode": 0, "actions": [], "train_return": 0.0, "train_returns": [],
-         "dropped": 0, "updated": 0, "fit": {}, "seconds": {}, "last": [math.nan, 0],
+         "dropped": 0, "updated": 0, "stored": False, "fit": {}, "seconds": {}, "last": [math.nan, 0],
          "best": [-math.inf, 0], "losses": torch.zeros(args.E, len(LOGGED), device=device)}
     if state is not None:
         p = checkpoint.restore(state, policy, model, D_env, D_model)
         p["losses"] = p["losses"].to(device)
     if args.compile == "on" or args.compile == "auto" and args.E * args.G >= 10_000:
         if compiler_works():
-            compile_all(policy, model)
+            policy.compile_methods()
         else:
             print("compile      off: torch.compile found no working C++ compiler (g++); running eager")
     open_run_folder(args, state)
@@ -516,10 +510,9 @@ def main(args, env, state=None):
     save = lambda: checkpoint.save(Path(args.out), vars(args), p, policy, model, D_env, D_model)
     board = tensorboard(args.out)
 
-    with closing(make_eval_group(args)) as group, checkpoint.StopSignals() as stop, tqdm(
+    with closing(eval_group) as group, checkpoint.StopSignals() as stop, tqdm(
             total=args.N * args.E, initial=p["step"], unit="step", dynamic_ncols=True,
             smoothing=0.05, disable=args.N * args.E == p["step"]) as bar:
-        stored = False  # whether D_model holds a row. Asked once per fit: asking waits for the GPU
         for epoch in range(p["step"] // args.E + 1, args.N + 1):  # line 2
             beta = share_of_model(args, epoch)
             while p["step"] < epoch * args.E:  # line 4
@@ -531,15 +524,17 @@ def main(args, env, state=None):
                         else:
                             model.update_statistics(D_env)
                         policy.use_statistics(model)
-                    stored = False
+                    p["stored"] = False
                 with clock(p["seconds"], "env"):
                     action = act(policy, D_env, obs, warm, device)
                     obs = real_step(env, D_env, p, args, obs, action)  # line 5
                 if warm and beta > 0:
                     with clock(p["seconds"], "rollouts"):
                         D_model.rollout(policy, model)  # lines 6-9
-                        stored = stored or len(D_model) > 0
-                if warm and args.G and (beta == 0 or stored):
+                        # Does it hold any row? Not asked at every step: asking waits for the GPU.
+                        if not p["stored"] or t % args.retain == 0:
+                            p["stored"] = len(D_model) > 0
+                if warm and args.G and (beta == 0 or p["stored"]):
                     with clock(p["seconds"], "updates"):
                         noise = torch.randn(args.G, 2, args.batch_size, policy.act_dim, device=device)
                         batches = sample_batches(D_model, D_env, beta, args.G, args.batch_size)

@@ -57,11 +57,11 @@ class HistoryNet(nn.Module):
         shut = (~mask).to(x.dtype).unsqueeze(-3) * 1e4  # sigmoid(1e4) is exactly 1
         x_r, x_z, x_n = x.unflatten(-1, (T, B)).chunk(3, 1)  # [E, H, T, B], torch.nn.GRU's order
         x_rz = torch.cat([x_r, x_z + shut], 1)
-        w_h = w_h[..., None]  # [E, 3H, H, 1]
         h = x.new_zeros(len(x), H, B)
         for x_rz, x_n in zip(x_rz.unbind(2), x_n.unbind(2)):  # unbind: one backward for all steps
-            # w_h h, a sum over 5: too small for a matmul, and the compiler fuses it with the rest.
-            h_rz, h_n = ((w_h * h[:, None]).sum(2) + b_h).split([2 * H, H], 1)
+            # A sum over a few units is too small for a matmul, and the compiler fuses it with the rest.
+            gates = (w_h[..., None] * h[:, None]).sum(2) if H <= 16 else w_h @ h  # [E, 3H, B]
+            h_rz, h_n = (gates + b_h).split([2 * H, H], 1)
             r, z = torch.sigmoid(x_rz + h_rz).chunk(2, 1)
             n = torch.tanh(torch.addcmul(x_n, r, h_n))
             h = torch.lerp(n, h, z)  # (1 - z) n + z h; exactly h at z = 1

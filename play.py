@@ -8,7 +8,7 @@
 
 The robot's colour is the hidden task: blue forwards, red backwards, or the dead leg red; in the
 walker the torso darkens with its mass and the ground with its friction, on the pier the blocks with
-their damping. The agent runs in `m3po.evaluate`, as in training, while a film keeps where the robot
+their damping. The agent runs in `evaluation.evaluate`, as in training, while a film keeps where the robot
 was; pictures are made afterwards from a copy of the simulator's model, so they change nothing.
 """
 

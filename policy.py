@@ -54,10 +54,11 @@ class MetaPolicy(nn.Module):
         self.actor_optimizer = adam(self.actor.parameters())
         self.alpha_optimizer = adam([self.log_alpha])
 
-    def compile_losses(self):
-        """Fuse the many small kernels of the GRU's steps: the same equations, compiled once."""
-        self.critic_loss = torch.compile(self.critic_loss, dynamic=False)
-        self.actor_loss = torch.compile(self.actor_loss, dynamic=False)
+    def compile_methods(self):
+        """Fuse the many small kernels around the matrix products: the same equations, compiled once
+        for each batch size. The model's passes are few beside these, and larger: not worth the wait."""
+        for name in ("critic_loss", "actor_loss", "distribution"):
+            setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
 
     def use_statistics(self, model):
         self.token_mean.copy_(model.token_mean)

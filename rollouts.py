@@ -57,7 +57,7 @@ class Batch(NamedTuple):
 
 def slide(tokens, mask, token, exists=True):
     """The window [L, B, D], [L, B] a step later: token [B, D] enters, the oldest falls out. exists
-    [B] or a bool: where the token is real to its history."""
+    [B]: False where the branch is dead, so that the slot stays masked."""
     own = torch.ones_like(token[:, 0], dtype=torch.bool) & exists
     return torch.cat([tokens, token[None]])[1:], torch.cat([mask, own[None]])[1:]
 
@@ -288,7 +288,8 @@ class ModelBuffer:
         count = self.counts()
         ends = torch.cumsum(count, 0)  # rows up to and including each block
         pick = (torch.rand(n, dtype=torch.float64, device=count.device) * ends[-1]).long()
-        block = torch.searchsorted(ends, pick, right=True).clamp(max=self.blocks - 1)
+        block = torch.searchsorted(ends, pick, right=True)
+        block = block.clamp(max=self.blocks - 1)  # in an empty D_model: rows that are not finite
         column = self.order[block, pick - (ends[block] - count[block])].long()
         return self.batch(block, column)
 

@@ -2,7 +2,7 @@
 
 Exact tests against independent slow versions first, then fakes a reader can compute in the head, then
 whole runs. In order: envs.py; rollouts.py, model.py, policy.py; runs, faults and resume; bounds.py;
-play.py, figures.py and ablations.py.
+play.py, figures.py and ablations.py; evaluation.py and bench.py.
 """
 
 import copy
@@ -1992,14 +1992,10 @@ def test_updates_find_the_best_action_which_only_the_history_tells():
 def test_what_is_compiled_equals_the_eager_original():
     policy, _, noise = core_update_case()
     batch = core_random_batch(2, 2, L=1, B=32)  # the GRU's steps are unrolled: few compile sooner
-    compiled, model = copy.deepcopy(policy), MetaModel(2, 2, widths=(8, 8))
-    window = batch.tokens[:-1], batch.mask[:-1]
-    history = *window, batch.next_obs
-    before = policy.act(*history, True), model.predict_mean(*history, noise[0])
-    m3po.compile_all(compiled, model)
-    assert torch.allclose(before[0], compiled.act(*history, True), atol=1e-6)
-    for a, b in zip(before[1], model.predict_mean(*history, noise[0])):
-        assert torch.allclose(a, b, atol=1e-5)
+    compiled = copy.deepcopy(policy)
+    compiled.compile_methods()
+    history = batch.tokens[:-1], batch.mask[:-1], batch.next_obs
+    assert torch.allclose(policy.act(*history, True), compiled.act(*history, True), atol=1e-6)
     for _ in range(2):
         assert torch.allclose(policy.update(batch, noise), compiled.update(batch, noise), rtol=1e-4)
     for a, b in zip(policy.parameters(), compiled.parameters()):
@@ -2403,7 +2399,7 @@ def test_a_checkpoint_has_the_same_names_compiled_and_eager(tmp_path):
     args, env, _ = run_parse(*TINY)
     policy, _ = m3po.build(args, env, "cpu")
     names = list(policy.state_dict())
-    policy.compile_losses()
+    policy.compile_methods()
     assert list(policy.state_dict()) == names
 
 
@@ -3589,8 +3585,8 @@ def test_ablations_skip_what_is_finished_go_on_with_what_is_not_and_outlive_a_fa
     out = tmp_path / "out"
     run(out / "m3po/seed0")
     with monkeypatch.context() as patch:  # stopped between the first epoch and the second
-        patch.setattr(m3po, "finish_epoch", lambda args, p, *rest, first=m3po.finish_epoch:
-                      first(args, p, *rest) if p["step"] == 40 else sys.exit("stopped"))
+        patch.setattr(m3po, "finish_epoch", lambda args, env, p, *rest, first=m3po.finish_epoch:
+                      first(args, env, p, *rest) if p["step"] == 40 else sys.exit("stopped"))
         with pytest.raises(SystemExit):
             run(out / "blind/seed0", "--L", 0)
     (out / "k2").mkdir()
@@ -3667,18 +3663,18 @@ def test_bad_input_to_the_ablations_is_one_line_and_nothing_is_created(
 
 
 class WorkerEnv:
-    """Returns its seed and its age; seed 3 breaks at its third step."""
+    """Returns its seed, its age and its process; seed 3 breaks at its third step."""
 
     def reset(self, seed=None):
         self.seed, self.t = seed, 0
-        return np.array([seed, 0], np.float32), {}
+        return np.array([seed, 0, os.getpid()], float), {}
 
     def step(self, action):
         self.t += 1
         if self.seed == 3 and self.t == 3:
-            raise RuntimeError("the simulator broke")
-        info = {"right_way": bool(action[0] > 0), "pid": os.getpid()}
-        return np.array([self.seed, self.t], np.float32), action[0] * self.t, False, self.t == 4, info
+            raise KeyError("the simulator broke")
+        obs = np.array([self.seed, self.t, os.getpid()], float)
+        return obs, action[0] * self.t, False, self.t == 4, {"right_way": bool(action[0] > 0)}
 
     def close(self):
         pass
@@ -3697,23 +3693,47 @@ def test_worker_processes_step_exactly_what_one_process_steps():
             assert np.array_equal(a, b, equal_nan=True)
     assert 0 < alone.running.sum() < 16
     shared.close()
+    assert not any(process.is_alive() for process in shared.processes)
 
 
 def test_an_evaluation_with_workers_is_the_same_and_restores_the_threads():
     policy, threads = MetaPolicy(17, 6, widths=(8, 8)), torch.get_num_threads()
     make = lambda: envs.make("halfcheetah-fwd-bwd")
-    found = [evaluation.evaluate(policy, group, list(range(16)), 3, "cpu")
-             for group in (evaluation.make_group(make, 16, 1), evaluation.make_group(make, 16, 2))]
-    assert torch.get_num_threads() == threads
+    groups = evaluation.make_group(make, 16, 1), evaluation.make_group(make, 16, 2)
+    try:
+        torch.set_num_threads(2)
+        found = [evaluation.evaluate(policy, group, list(range(16)), 3, "cpu") for group in groups]
+        assert torch.get_num_threads() == 2
+        with pytest.raises(RuntimeError, match="in a process of evaluation"):
+            evaluation.evaluate(policy, groups[1], [], 3, "cpu")  # seeds for none
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
     for name, values in found[0].items():
         assert values.shape == (1000, 16) and np.allclose(values, found[1][name], atol=1e-3), name
+    groups[1].close()
 
 
-def test_an_error_in_a_worker_reaches_the_main_process():
+def test_an_error_in_a_worker_reaches_the_main_process_with_its_place():
+    group = evaluation.make_group(WorkerEnv, 16, 2)
+    pids = group.reset(list(range(16)))[:, 2]
+    assert len(set(pids)) == 2 and os.getpid() not in pids
+    group.step(np.ones((16, 1))), group.step(np.ones((16, 1)))
+    with pytest.raises(RuntimeError, match='raise KeyError."the simulator broke".'):
+        group.step(np.ones((16, 1)))
+    group.close()
+
+
+def test_a_worker_that_dies_is_one_line_and_one_that_is_told_to_stop_goes_on():
     group = evaluation.make_group(WorkerEnv, 16, 2)
     group.reset(list(range(16)))
-    group.step(np.ones((16, 1))), group.step(np.ones((16, 1)))
-    with pytest.raises(RuntimeError, match="the simulator broke"):
+    for process in group.processes:  # `timeout` and batch systems signal every process of a run
+        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGINT)
+    group.step(np.ones((16, 1)))
+    group.processes[0].kill()
+    group.processes[0].join()
+    with pytest.raises(OSError, match="evaluation's envs died"):
         group.step(np.ones((16, 1)))
     group.close()
 
@@ -3724,28 +3744,35 @@ def test_few_episodes_are_not_worth_a_process():
 
 
 WORKERS_LEFT = """
-import os, sys, time
+import time
 import evaluation, test_m3po
-group = evaluation.make_group(test_m3po.WorkerEnv, 16, 2)
+class Slow(test_m3po.WorkerEnv):
+    def step(self, action):
+        time.sleep(0.2)
+        return super().step(action)
+group = evaluation.make_group(Slow, 16, 2)
 group.reset(list(range(16)))
-print(*(p.pid for p in evaluation.multiprocessing.active_children()), flush=True)
-time.sleep(60)
+print(*(process.pid for process in group.processes), flush=True)
+if WHEN == "stepping":
+    group.step([[0.0]] * 16)
+time.sleep(0 if WHEN == "ended" else 60)
 """
 
 
-def test_workers_end_when_the_main_process_is_killed():
-    main = subprocess.Popen([sys.executable, "-c", WORKERS_LEFT], stdout=subprocess.PIPE, text=True,
-                            cwd=Path(m3po.__file__).parent)
+@pytest.mark.parametrize("when", ["idle", "stepping", "ended"])
+def test_workers_end_with_the_main_process_and_without_a_word(when):
+    code = WORKERS_LEFT.replace("WHEN", repr(when))
+    main = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.PIPE, cwd=Path(m3po.__file__).parent)
     pids = [int(pid) for pid in main.stdout.readline().split()]
-    assert len(pids) == 2 and all(Path(f"/proc/{pid}").exists() for pid in pids)
-    main.kill()
-    main.wait()
-    deadline = time.time() + 20
+    assert len(pids) == 2
+    if when != "ended":
+        time.sleep(0.3)
+        main.kill()
+    assert main.communicate(timeout=20)[1] == ""  # the workers hold its stderr until they end
     gone = lambda pid: (not Path(f"/proc/{pid}").exists()
                         or ") Z" in Path(f"/proc/{pid}/stat").read_text())
-    while not all(map(gone, pids)):
-        assert time.time() < deadline, "a worker outlived its main process"
-        time.sleep(0.1)
+    assert all(map(gone, pids))
 
 
 def test_the_floor_is_the_matrix_products_of_an_update():
@@ -3776,19 +3803,44 @@ def test_medians_are_of_the_runs_after_the_warm_up():
 
 
 def test_the_simulators_floor_does_the_steps_that_the_evaluation_did():
-    recorder = bench.Recorder([envs.make("point-fwd-bwd") for _ in range(2)])
-    policy = MetaPolicy(1, 1, widths=(8, 8))
+    recorder = bench.Recorder([envs.make("ant-fwd-bwd") for _ in range(2)])
+    policy = MetaPolicy(27, 8, widths=(8, 8))
     found = evaluation.evaluate(policy, recorder, [0, 1], 3, "cpu")
-    assert len(recorder.taken) == 100 and [i for i, _ in recorder.taken[-1]] == [0, 1]
-    recorder.envs[0].reset(seed=0)
-    for t, taken in enumerate(recorder.taken):
-        assert recorder.envs[0].step(taken[0][1])[1] == found["reward"][t, 0]
+    lengths = np.isfinite(found["reward"]).sum(0)
+    assert [sum(i == env for taken in recorder.taken for i, _ in taken) for env in (0, 1)] == list(lengths)
+    sim, after = recorder.envs[0].unwrapped, recorder.obs[0].copy()
+    recorder.reset([0, 1])
+    for taken in recorder.taken:
+        for i, ctrl in taken:
+            if i == 0:
+                sim.data.ctrl[:] = ctrl
+                mujoco.mj_step(sim.model, sim.data, nstep=sim.frame_skip)
+    assert np.array_equal(sim._get_obs(), after)
 
 
-def test_gymnasiums_own_env_of_the_bench_has_our_physics():
-    ours, plain = envs.make("halfcheetah-fwd-bwd"), bench.plain_env("halfcheetah-fwd-bwd")
+def test_every_table_of_the_bench_can_be_made(monkeypatch, capsys):
+    """With small nets and few rows, eager."""
+    monkeypatch.setattr(bench, "ROWS", 300)
+    monkeypatch.setattr(m3po, "compiler_works", lambda: False)
+    parse = m3po.parse_args
+    small = ["--width", "8", "--M", "12", "--G", "2", "--L", "2", "--eval-episodes", "2"]
+    monkeypatch.setattr(m3po, "parse_args", lambda argv: parse([*argv, *small]))
+    bench.main(["--repeats", "1", "--env", "walker2d-randomparams"])
+    printed = capsys.readouterr().out
+    for title in ("D_model of humanoid-direc", "evaluation of 2 episodes", "policy update, batch 256",
+                  "model rollouts, M 12", "model fit, 3 members", *(f"env step, {name}" for name in
+                                                                 list(envs.ENVS)[1:])):
+        assert title in printed
+    ratios = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith("  ")]
+    assert len(ratios) == 6 * 3 + 2 + 3 * 2 and ratios.count(1.0) >= 10 and min(ratios) > 0
+
+
+@pytest.mark.parametrize("name", ["halfcheetah-fwd-bwd", "ant-fwd-bwd", "humanoid-direc"])
+def test_gymnasiums_own_env_of_the_bench_has_our_physics(name):
+    ours, plain = envs.make(name), bench.plain_env(name)
     ours.reset(seed=0), plain.reset(seed=0)
     plain.unwrapped.set_state(ours.unwrapped.data.qpos, ours.unwrapped.data.qvel)
-    for action in np.random.default_rng(0).uniform(-1, 1, (20, 6)).astype(np.float32):
-        a, b = ours.step(action), plain.step(action)
-    assert np.allclose(a[0], b[0], atol=1e-4)
+    low, high = plain.action_space.low, plain.action_space.high
+    for action in np.random.default_rng(0).uniform(-1, 1, (20, *low.shape)).astype(np.float32):
+        ours.step(action), plain.step(low + (action + 1) / 2 * (high - low))
+    assert np.allclose(ours.unwrapped.data.qpos, plain.unwrapped.data.qpos, atol=1e-4)
