@@ -54,9 +54,9 @@ from rollouts import Batch, EnvBuffer, ModelBuffer
 # env, your own included, starts from "default".
 DEFAULTS = {
     "default": dict(N=200, E=1_000, M=1_000, G=40, L=10, width=400, warmup=1_000, fit_every=250,
-                    retain=100, lr=3e-4, gamma=0.99, target_entropy=None),
+                    retain=100, lr=3e-4, gamma=0.99, target_entropy=None, layer_norm=True),
     "point-fwd-bwd": dict(N=15, E=200, M=200, G=4, L=3, width=64, warmup=200, fit_every=100,
-                          lr=5e-4, gamma=0.9, target_entropy=-2.0),
+                          lr=5e-4, gamma=0.9, target_entropy=-2.0, layer_norm=False),
     "halfcheetah-pier": dict(M=500),
     "walker2d-randomparams": dict(M=500),
     "humanoid-direc": dict(M=500, G=20),
@@ -150,6 +150,9 @@ def build_parser():
                    help="fixed temperature; 1.0 is the paper's literal objective (default: tuned)")
     g.add_argument("--target-entropy", type=number(float, -math.inf),
                    help="nats, that the tuned temperature aims at (minus half the action dims; toy -2)")
+
+    g.add_argument("--layer-norm", action=argparse.BooleanOptionalAction,
+                   help="normalise Q's hidden layers (yes; toy no)")
 
     g = p.add_argument_group("the paper's variants")
     g.add_argument("--rollout", choices=("branched", "full"), default="branched",
@@ -368,7 +371,7 @@ def build(args, env, device):
     token_dim = 0 if args.L == 0 else O + A if args.no_token_reward else O + A + 1
     widths = (args.width,) * 2
     policy = MetaPolicy(O, A, token_dim, widths, args.z_dim, args.gamma, args.tau, args.lr, args.alpha,
-                        target_entropy=args.target_entropy).to(device)
+                        target_entropy=args.target_entropy, layer_norm=args.layer_norm).to(device)
     shape = dict(members=args.B, widths=widths, z_dim=args.z_dim, token_dim=token_dim)
     if args.model == "mlp":  # M2PO: MBPO's ensemble
         shape = dict(members=7, elites=5, widths=(200,) * 4, token_dim=0)

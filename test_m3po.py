@@ -1988,6 +1988,29 @@ def test_updates_find_the_best_action_which_only_the_history_tells():
         assert abs(best.item() - goal) < 0.25
 
 
+def test_layer_norm_scales_each_hidden_row_and_only_in_q():
+    torch.manual_seed(0)
+    net = HistoryNet(2, 4, 3, 1, (8, 8), layer_norm=True)
+    tokens, mask, x = torch.randn(3, 6, 4), torch.ones(3, 6, dtype=torch.bool), torch.randn(2, 6, 3)
+    z, out = net.encode(tokens, mask), net(tokens, mask, x)
+    for e in range(2):
+        for i in range(6):
+            v = torch.cat([z[e, i], x[e, i]])
+            for w, b in zip(net.w[:-1], net.b[:-1]):
+                v = v @ w[e] + b[e, 0]
+                v = (v - v.mean()) / (v.var(correction=0) + 1e-5).sqrt()
+                v = v * torch.sigmoid(v)
+            assert torch.allclose(out[e, i], v @ net.w[-1][e] + net.b[-1][e, 0], atol=1e-5)
+    policy = MetaPolicy(3, 2, widths=(8,), layer_norm=True)
+    assert (policy.qf.layer_norm, policy.qf_target.layer_norm, policy.actor.layer_norm) == (True, True, False)
+
+
+def test_the_toy_alone_has_no_layer_norm():
+    on = {env: m3po.parse_args(["--env", env])[0].layer_norm for env in ("point-fwd-bwd", "ant-fwd-bwd")}
+    assert on == {"point-fwd-bwd": False, "ant-fwd-bwd": True}
+    assert not m3po.parse_args(["--env", "ant-fwd-bwd", "--no-layer-norm"])[0].layer_norm
+
+
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 def test_what_is_compiled_equals_the_eager_original():
     policy, _, noise = core_update_case()
