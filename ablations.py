@@ -132,9 +132,9 @@ def table(runs, said, args, env):
         f"{'; '.join(sorted(used))}.", "",
         f"`{args.env}`, {args.eval_episodes} episodes after {args.N * args.E:,} env steps; means "
         f"over seeds, that of the return with Student's 95 % interval.{closed_form(env)}", "",
-        "| variant | flags | final return | right way | reward per step, first "
+        "| variant | flags | final return | mean of all evaluations | right way | reward per step, first "
         f"{early_steps(env)} after a switch / else | explained reward, held out | seeds |",
-        "|---|---|---|---|---|---|---|"]
+        "|---|---|---|---|---|---|---|---|"]
     for label, found in runs.items():
         def mean(column):
             value = figures.known_mean(np.array([run.progress[column][-1] for run in found]))
@@ -144,6 +144,7 @@ def table(runs, said, args, env):
         lines.append("| " + " | ".join([
             f"{label}: {shows}", f"`{flags}`" if flags else "-",
             interval([run.progress["eval_return_mean"][-1] for run in found]) if found else "-",
+            interval([np.nanmean(run.progress["eval_return_mean"]) for run in found]) if found else "-",
             mean("eval_right_way"),
             mean("eval_reward_after_switch") + " / " + mean("eval_reward_otherwise"),
             mean("model_explained_reward"),
