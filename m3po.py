@@ -53,10 +53,12 @@ from rollouts import Batch, EnvBuffer, ModelBuffer
 # Table 2 and METHOD's reading of it; what is not named here is the same for every env. Any other
 # env, your own included, starts from "default".
 DEFAULTS = {
-    "default": dict(N=200, E=1_000, M=1_000, G=40, L=10, width=400, warmup=1_000, fit_every=250,
-                    retain=100, lr=3e-4, gamma=0.99, target_entropy=None, layer_norm=True),
+    "default": dict(N=200, E=1_000, M=1_000, G=40, L=10, width=400, warmup=3_000, fit_every=250,
+                    model_decay=1e-3, retain=100, lr=3e-4, gamma=0.99, target_entropy=None,
+                    layer_norm=True),
     "point-fwd-bwd": dict(N=15, E=200, M=200, G=4, L=3, width=64, warmup=200, fit_every=100,
-                          lr=5e-4, gamma=0.9, target_entropy=-2.0, layer_norm=False),
+                          model_decay=0.0, lr=5e-4, gamma=0.9, target_entropy=-2.0,
+                          layer_norm=False),
     "halfcheetah-pier": dict(M=500),
     "walker2d-randomparams": dict(M=500),
     "humanoid-direc": dict(M=500, G=20),
@@ -126,6 +128,8 @@ def build_parser():
     g.add_argument("--fit-every", type=count, metavar="STEPS",
                    help="env steps between model fits (250; toy 100; the paper: E)")
     g.add_argument("--model-lr", type=positive, default=1e-3, help="Adam step size (0.001)")
+    g.add_argument("--model-decay", type=number(float, 0), metavar="RATE",
+                   help="L2 weight decay of the meta-model (0.001; toy 0)")
     g.add_argument("--model-batch", type=count, default=256, help="rows per gradient step (256)")
     g.add_argument("--max-passes", type=count, default=200,
                    help="most passes over D_env per fit, where the hold-out error has not stopped it (200)")
@@ -139,7 +143,7 @@ def build_parser():
                    help="most env steps kept in D_env (1000000)")
 
     g = p.add_argument_group("meta-policy (SAC; not in the paper unless said)")
-    g.add_argument("--warmup", type=count, help="uniform random env steps at the start (1000; toy 200)")
+    g.add_argument("--warmup", type=count, help="uniform random env steps at the start (3000; toy 200)")
     g.add_argument("--batch-size", type=count, default=256, help="rows per update (256)")
     g.add_argument("--lr", type=positive, help="Adam step size of policy and Q (0.0003; toy 0.0005)")
     g.add_argument("--gamma", type=number(float, 0, 1, high_open=True),
@@ -215,6 +219,8 @@ def parse_args(argv=None):
     for name, value in {**DEFAULTS["default"], **DEFAULTS.get(args.env, {})}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if "warmup" not in given and not state:
+        args.warmup = min(args.warmup, args.N * args.E // 2)  # a short run learns something too
     if args.device == "cuda" and not torch.cuda.is_available():
         if "device" in given:
             parser.error("argument --device: cuda asked for, but torch sees no CUDA device")
@@ -375,7 +381,8 @@ def build(args, env, device):
     shape = dict(members=args.B, widths=widths, z_dim=args.z_dim, token_dim=token_dim)
     if args.model == "mlp":  # M2PO: MBPO's ensemble
         shape = dict(members=7, elites=5, widths=(200,) * 4, token_dim=0)
-    model = MetaModel(O, A, **shape, lr=args.model_lr, batch_size=args.model_batch,
+    model = MetaModel(O, A, **shape, lr=args.model_lr, weight_decay=args.model_decay or 0.0,
+                      batch_size=args.model_batch,
                       beta_nll=args.beta_nll, reward_weight=args.reward_weight,
                       max_passes=args.max_passes).to(device)
     return policy, model

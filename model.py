@@ -94,8 +94,8 @@ class MetaModel(nn.Module):
     """
 
     def __init__(self, obs_dim, act_dim, members=3, widths=(400, 400), z_dim=5, token_dim=None,
-                 elites=None, lr=1e-3, batch_size=256, beta_nll=0.5, reward_weight=None,
-                 patience=5, least_steps=20, max_passes=200, max_holdout=5_000):
+                 elites=None, lr=1e-3, weight_decay=0.0, batch_size=256, beta_nll=0.5,
+                 reward_weight=None, patience=5, least_steps=20, max_passes=200, max_holdout=5_000):
         super().__init__()
         O, A = obs_dim, act_dim
         self.obs_dim, self.act_dim = O, A
@@ -117,7 +117,9 @@ class MetaModel(nn.Module):
         self.register_buffer("weight", weight / weight.sum())
         self.batch_size, self.patience, self.least_steps = batch_size, patience, least_steps
         self.max_passes, self.max_holdout = max_passes, max_holdout
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=lr, fused=True)
+        decayed = {"params": self.net.parameters(), "weight_decay": weight_decay}
+        self.optimizer = torch.optim.Adam([decayed, {"params": [self.max_logvar, self.min_logvar]}],
+                                          lr=lr, fused=True)
 
     def standardise(self, tokens):
         return ((tokens - self.token_mean) / self.token_std).clamp(-10, 10)
