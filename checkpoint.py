@@ -20,7 +20,7 @@ import signal
 
 import torch
 
-VERSION = 1
+VERSIONS = {"agent": 1, "run": 2}  # of what the two files hold
 
 
 class CheckpointError(Exception):
@@ -55,18 +55,18 @@ def read(path, kind):
         raise CheckpointError(f"{path} is truncated or no checkpoint of ours") from error
     if not isinstance(state, dict) or state.get("kind") != kind:
         raise CheckpointError(f"{path}: field 'kind' is not {kind!r}, so it is no checkpoint of ours")
-    if state.get("version") != VERSION:
-        raise CheckpointError(f"{path}: field 'version' is {state.get('version')}, not {VERSION}")
+    if state.get("version") != VERSIONS[kind]:
+        raise CheckpointError(f"{path}: field 'version' is {state.get('version')}, not {VERSIONS[kind]}")
     return state
 
 
 def save(folder, flags, progress, policy, model, D_env, D_model):
     """Write agent.pt and checkpoint.pt. flags, progress: dicts of plain values and tensors."""
-    agent = {"version": VERSION, "kind": "agent", "flags": flags, "step": progress["step"],
+    agent = {"version": VERSIONS["agent"], "kind": "agent", "flags": flags, "step": progress["step"],
              "policy": policy.state_dict(), "model": model.state_dict()}
-    optimizers = (policy.q_optimizer, policy.actor_optimizer, policy.alpha_optimizer, model.optimizer)
+    optimizers = (policy.q_optimizer, policy.actor_optimizer, model.optimizer)
     cuda = torch.cuda.get_rng_state() if next(policy.parameters()).is_cuda else None
-    run = agent | {"kind": "run", "progress": progress, "D_env": D_env.state_dict(),
+    run = agent | {"version": VERSIONS["run"], "kind": "run", "progress": progress, "D_env": D_env.state_dict(),
                    "D_model": D_model.state_dict(), "rng": torch.get_rng_state(), "rng_cuda": cuda,
                    "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
     write_atomically(folder / "agent.pt", lambda f: torch.save(agent, f))
@@ -75,7 +75,7 @@ def save(folder, flags, progress, policy, model, D_env, D_model):
 
 def restore(state, policy, model, D_env, D_model):
     """Load a "run" checkpoint into freshly built parts and the random streams; returns progress."""
-    optimizers = (policy.q_optimizer, policy.actor_optimizer, policy.alpha_optimizer, model.optimizer)
+    optimizers = (policy.q_optimizer, policy.actor_optimizer, model.optimizer)
     try:
         policy.load_state_dict(state["policy"])
         model.load_state_dict(state["model"])

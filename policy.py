@@ -52,8 +52,7 @@ class MetaPolicy(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(math.log(alpha_init if alpha is None else alpha)))
         adam = lambda params: torch.optim.Adam(params, lr=lr, fused=True)
         self.q_optimizer = adam(self.qf.parameters())
-        self.actor_optimizer = adam(self.actor.parameters())
-        self.alpha_optimizer = adam([self.log_alpha])
+        self.actor_optimizer = adam([*self.actor.parameters(), self.log_alpha])  # nothing in common
 
     def compile_methods(self):
         """Fuse the many small kernels around the matrix products: the same equations, compiled once
@@ -142,15 +141,11 @@ class MetaPolicy(nn.Module):
 
         self.qf.requires_grad_(False)  # the actor's gradient passes through Q and changes nothing
         actor_loss, logp = self.actor_loss(batch, noise[1])
+        temperature_loss = self.temperature_loss(logp) if self.tune_alpha else 0.0
         self.actor_optimizer.zero_grad()
-        actor_loss.backward()
+        (actor_loss + temperature_loss).backward()
         self.actor_optimizer.step()
         self.qf.requires_grad_(True)
-
-        if self.tune_alpha:
-            self.alpha_optimizer.zero_grad()
-            self.temperature_loss(logp).backward()
-            self.alpha_optimizer.step()
 
         with torch.no_grad():  # Q' <- (1 - tau) Q' + tau Q
             torch._foreach_lerp_(list(self.qf_target.parameters()), list(self.qf.parameters()),
