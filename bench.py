@@ -6,8 +6,8 @@
 The floor of a policy update, a model rollout or a model fit is the matrix products it needs,
 forward and backward, into memory that is already there, and nothing else. (The GRU's products with h
 count as such; model.py does them as sums.) The floor of an env step and of an evaluation is `mj_step`
-alone, with the same forces on the same states, one env after the other. All jobs of a table run in turns, so that whatever else the
-machine does meets them alike; times are medians.
+alone, with the same forces on the same states, one env after the other. All jobs of a table run in
+turns, so that whatever else the machine does meets them alike; times are medians.
 """
 
 import copy
@@ -16,7 +16,6 @@ import statistics
 import time
 from contextlib import closing
 
-import gymnasium as gym
 import mujoco
 import numpy as np
 import torch
@@ -48,12 +47,14 @@ def medians(jobs, repeats, device):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def show(title, times, floor, unit, count):
-    """One row per job: time per unit, units per second, and how many floors it takes."""
+def show(title, times, unit, count):
+    """One row per job: time per unit, units per second, and how many floors it takes; the floor is
+    the first job."""
+    floor = next(iter(times.values()))
     print(f"\n{title:44} {'ms / ' + unit:>16} {unit + 's / s':>16} {'x floor':>8}")
     for name, seconds in times.items():
         print(f"  {name:42} {seconds / count * 1e3:16.4g} {count / seconds:16,.0f} "
-              f"{seconds / times[floor]:8.2f}", flush=True)
+              f"{seconds / floor:8.2f}", flush=True)
 
 
 # ---- matrix products ----------------------------------------------------------------------------
@@ -126,14 +127,14 @@ def bench_nets(args, flags, env, device):
     jobs = {"floor: its matrix products": lambda: [multiply(floor) for _ in range(G)]}
     jobs |= {f"{name}, sampling included": lambda p=p: updates(p) for name, p in modes.items()}
     show(f"policy update, batch {B}, width {flags.width}, L {L}",
-         medians(jobs, args.repeats, device), "floor: its matrix products", "update", G)
+         medians(jobs, args.repeats, device), "update", G)
 
     members = -(-M // model.elites)
     step = products(policy.actor, M, L) + products(model.net, members, L)
     jobs = {"floor: its matrix products": lambda: [multiply(step) for _ in range(10 * flags.k)]}
     jobs |= {name: lambda p=p: rollouts(p) for name, p in modes.items()}
     show(f"model rollouts, M {M}, k {flags.k}", medians(jobs, args.repeats, device),
-         "floor: its matrix products", "imagined step", 10 * M * flags.k)
+         "imagined step", 10 * M * flags.k)
 
     train, held = len(D_env.rows(holdout=False)), len(D_env.rows(holdout=True))
     passes, batches = 5, train // flags.model_batch
@@ -151,15 +152,10 @@ def bench_nets(args, flags, env, device):
             multiply(look)
         multiply(back)
 
-    jobs = {"floor: its matrix products": fit_floor}
-
-    def fit():
-        model.max_passes, model.patience = passes, passes + 1
-        model.fit(D_env)
-
-    jobs["eager"] = fit
+    model.max_passes, model.patience = passes, passes + 1
+    jobs = {"floor: its matrix products": fit_floor, "eager": lambda: model.fit(D_env)}
     show(f"model fit, {len(model.min_logvar)} members, validation included",
-         medians(jobs, max(3, args.repeats // 4), device), "floor: its matrix products", "row",
+         medians(jobs, max(3, args.repeats // 4), device), "member row",
          passes * train * len(model.min_logvar))
 
 
@@ -174,6 +170,12 @@ def plain_env(name):
                   "_initialize_simulation": envs.HiddenTaskMujoco._initialize_simulation}
     env = type(theirs.__name__, (theirs,), same_model)(**ours.gymnasium_kwargs)
     return TimeLimit(OrderEnforcing(env), 1_000)
+
+
+def drive(sim, ctrl):
+    """The simulator's part of an env step, and nothing else."""
+    sim.data.ctrl[:] = ctrl
+    mujoco.mj_step(sim.model, sim.data, nstep=sim.frame_skip)
 
 
 def bench_env(args, name):
@@ -199,15 +201,14 @@ def bench_env(args, name):
     def raw():
         ours.reset(seed=0)
         for ctrl, ended in taken:
-            inner.data.ctrl[:] = ctrl
-            mujoco.mj_step(inner.model, inner.data, nstep=inner.frame_skip)
+            drive(inner, ctrl)
             if ended:
                 ours.reset()
 
     jobs = {"floor: mj_step": raw, "Gymnasium's own env": lambda: steps(plain, own_actions),
             "ours": lambda: steps(ours, actions)}
-    show(f"env step, {name}", medians(jobs, args.repeats, torch.device("cpu")), "floor: mj_step",
-         "env step", len(actions))
+    show(f"env step, {name}", medians(jobs, args.repeats, torch.device("cpu")), "env step",
+         len(actions))
 
 
 class Recorder(Group):
@@ -236,8 +237,7 @@ def bench_evaluation(args, flags, env, device):
         sims = [env.unwrapped for env in recorder.envs]
         for taken in recorder.taken:
             for i, ctrl in taken:
-                sims[i].data.ctrl[:] = ctrl
-                mujoco.mj_step(sims[i].model, sims[i].data, nstep=sims[i].frame_skip)
+                drive(sims[i], ctrl)
 
     with closing(m3po.make_eval_group(flags)) as group:
         if m3po.compiler_works():
@@ -246,7 +246,7 @@ def bench_evaluation(args, flags, env, device):
                 f"ours, in {group.workers} processes":
                 lambda: evaluate(policy, group, seeds, flags.L, device)}
         show(f"evaluation of {n} episodes, {args.env}", medians(jobs, max(3, args.repeats // 4), device),
-             "floor: mj_step", "episode", n)
+             "episode", n)
 
 
 # ---- memory -------------------------------------------------------------------------------------

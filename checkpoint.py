@@ -66,8 +66,9 @@ def save(folder, flags, progress, policy, model, D_env, D_model):
              "policy": policy.state_dict(), "model": model.state_dict()}
     optimizers = (policy.q_optimizer, policy.actor_optimizer, model.optimizer)
     cuda = torch.cuda.get_rng_state() if next(policy.parameters()).is_cuda else None
-    run = agent | {"version": VERSIONS["run"], "kind": "run", "progress": progress, "D_env": D_env.state_dict(),
-                   "D_model": D_model.state_dict(), "rng": torch.get_rng_state(), "rng_cuda": cuda,
+    run = agent | {"version": VERSIONS["run"], "kind": "run", "progress": progress,
+                   "D_env": D_env.state_dict(), "D_model": D_model.state_dict(),
+                   "rng": torch.get_rng_state(), "rng_cuda": cuda,
                    "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
     write_atomically(folder / "agent.pt", lambda f: torch.save(agent, f))
     write_atomically(folder / "checkpoint.pt", lambda f: torch.save(run, f))

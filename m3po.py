@@ -381,7 +381,8 @@ def build(args, env, device):
     shape = dict(members=args.B, widths=widths, z_dim=args.z_dim, token_dim=token_dim)
     if args.model == "mlp":  # M2PO: MBPO's ensemble
         shape = dict(members=7, elites=5, widths=(200,) * 4, token_dim=0)
-    model = MetaModel(O, A, **shape, lr=args.model_lr, weight_decay=args.model_decay or 0.0,
+    decay = args.model_decay or 0.0  # None in agents that are older than the flag
+    model = MetaModel(O, A, **shape, lr=args.model_lr, weight_decay=decay,
                       batch_size=args.model_batch,
                       beta_nll=args.beta_nll, reward_weight=args.reward_weight,
                       max_passes=args.max_passes).to(device)

@@ -2116,6 +2116,16 @@ def run_env(monkeypatch):
 # ---- flags ----
 
 
+def run_refused(command, flags, says, tmp_path, monkeypatch, capsys):
+    """The command's parser ends it with one line that contains `says`, and creates nothing."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        command(flags)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and says in message
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("flags, says", [
     (["--bogus"], "--bogus"), (["--epoch", "3"], "--epoch"), (["--k", "0"], "[1, inf)"),
     (["--k", "1.5"], "whole"), (["--gamma", "1"], "[0, 1)"), (["--gamma", "nan"], "[0, 1)"),
@@ -2129,12 +2139,7 @@ def run_env(monkeypatch):
 ])
 def test_an_impossible_flag_is_one_line_that_names_it_and_nothing_is_created(
         flags, says, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        m3po.parse_args(flags)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1 and says in message
-    assert list(tmp_path.iterdir()) == []
+    run_refused(m3po.parse_args, flags, says, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -3674,12 +3679,7 @@ def test_stopping_the_ablations_sends_each_run_one_signal_and_waits_until_it_has
 ])
 def test_bad_input_to_the_ablations_is_one_line_and_nothing_is_created(
         flags, says, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        ablations.main(flags)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1 and says in message
-    assert list(tmp_path.iterdir()) == []
+    run_refused(ablations.main, flags, says, tmp_path, monkeypatch, capsys)
 
 
 # ==================================================================================================
@@ -3841,8 +3841,7 @@ def test_the_simulators_floor_does_the_steps_that_the_evaluation_did():
     for taken in recorder.taken:
         for i, ctrl in taken:
             if i == 0:
-                sim.data.ctrl[:] = ctrl
-                mujoco.mj_step(sim.model, sim.data, nstep=sim.frame_skip)
+                bench.drive(sim, ctrl)
     assert np.array_equal(sim._get_obs(), after)
 
 
