@@ -36,12 +36,12 @@ class Group:
     def step(self, actions):
         """One step of every env that still runs: obs [n, O], reward and SEEN [4, n] (NaN where an
         env does not run or does not say), running [n]."""
-        found = np.full((1 + len(SEEN), len(self.envs)), np.nan)
+        found = [(math.nan,) * (1 + len(SEEN))] * len(self.envs)
         for i in self.running.nonzero()[0]:
             self.obs[i], reward, terminated, truncated, info = self.envs[i].step(actions[i])
-            found[:, i] = reward, *(info.get(name, np.nan) for name in SEEN)
+            found[i] = reward, *(info.get(name, math.nan) for name in SEEN)
             self.running[i] = not (terminated or truncated)
-        return self.obs, found, self.running
+        return self.obs, np.array(found, float).T, self.running
 
     def close(self):
         for env in self.envs:
@@ -49,28 +49,32 @@ class Group:
 
 
 class Workers:
-    """A Group whose envs are dealt to `workers` processes, which step them at the same time."""
+    """A Group whose envs are dealt to `workers` processes, which step them at the same time; the
+    first of them is this process, which would only wait otherwise."""
 
     def __init__(self, make_env, n, workers):
         context = multiprocessing.get_context("fork")  # at once, and nothing has to be pickled
         self.workers, self.parts = workers, np.array_split(np.arange(n), workers)
         self.pipes, self.processes = [], []
-        for worker, part in enumerate(self.parts):
+        for worker, part in enumerate(self.parts[1:], 1):
             ours, theirs = context.Pipe()
             job = (ours, theirs, make_env, len(part), worker)
             self.processes.append(context.Process(target=serve, args=job, daemon=True))
             self.processes[-1].start()
             theirs.close()
             self.pipes.append(ours)
+        self.own = Group([make_env() for _ in self.parts[0]])
         # At exit, before multiprocessing waits for its processes: they end when their pipe does.
-        self.close = Finalize(self, close_workers, (self.pipes, self.processes), exitpriority=10)
+        self.close = Finalize(self, close_workers, (self.own, self.pipes, self.processes),
+                              exitpriority=10)
 
     def ask(self, verb, values):
-        """Calls the verb in every worker with its share of values; the answers in their order."""
+        """Calls the verb in every process with its share of values; the answers in their order."""
+        shares = [values[part[0]:part[-1] + 1] for part in self.parts]
         try:
-            for pipe, part in zip(self.pipes, self.parts):
-                pipe.send((verb, values[part[0]:part[-1] + 1]))
-            answers = [pipe.recv() for pipe in self.pipes]
+            for pipe, share in zip(self.pipes, shares[1:]):
+                pipe.send((verb, share))
+            answers = [getattr(self.own, verb)(shares[0])] + [pipe.recv() for pipe in self.pipes]
         except (EOFError, ConnectionError):
             raise OSError("a process that steps evaluation's envs died") from None
         for answer in answers:
@@ -86,7 +90,8 @@ class Workers:
         return np.concatenate(obs), np.concatenate(found, 1), np.concatenate(running)
 
 
-def close_workers(pipes, processes):
+def close_workers(own, pipes, processes):
+    own.close()
     for pipe in pipes:
         pipe.close()
     for process in processes:
@@ -98,7 +103,7 @@ def serve(ours, theirs, make_env, n, worker):
     ours.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # the main process gets them too, and closes us
         signal.signal(number, signal.SIG_IGN)
-    # Else the kernel wakes all workers on the sender's core. Other runs begin at another core.
+    # Else the kernel wakes a worker on the sender's core. Other runs begin at another core.
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[(os.getppid() + worker) % len(cores)]})
     group = None
@@ -117,7 +122,7 @@ def serve(ours, theirs, make_env, n, worker):
 
 
 def make_group(make_env, n, workers):
-    """n envs; on Linux dealt to worker processes, if each gets eight or more: for fewer, messages
+    """n envs; on Linux dealt to `workers` processes, if each gets eight or more: for fewer, messages
     cost more than is won."""
     workers = min(workers, n // 8)
     if workers < 2 or not hasattr(os, "sched_setaffinity") or multiprocessing.current_process().daemon:

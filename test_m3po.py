@@ -3688,7 +3688,7 @@ def test_bad_input_to_the_ablations_is_one_line_and_nothing_is_created(
 
 
 class WorkerEnv:
-    """Returns its seed, its age and its process; seed 3 breaks at its third step."""
+    """Returns its seed, its age and its process; seed 13 breaks at its third step."""
 
     def reset(self, seed=None):
         self.seed, self.t = seed, 0
@@ -3696,7 +3696,7 @@ class WorkerEnv:
 
     def step(self, action):
         self.t += 1
-        if self.seed == 3 and self.t == 3:
+        if self.seed == 13 and self.t == 3:
             raise KeyError("the simulator broke")
         obs = np.array([self.seed, self.t, os.getpid()], float)
         return obs, action[0] * self.t, False, self.t == 4, {"right_way": bool(action[0] > 0)}
@@ -3729,7 +3729,7 @@ def test_an_evaluation_with_workers_is_the_same_and_restores_the_threads():
         torch.set_num_threads(2)
         found = [evaluation.evaluate(policy, group, list(range(16)), 3, "cpu") for group in groups]
         assert torch.get_num_threads() == 2
-        with pytest.raises(RuntimeError, match="in a process of evaluation"):
+        with pytest.raises(ValueError):
             evaluation.evaluate(policy, groups[1], [], 3, "cpu")  # seeds for none
         assert torch.get_num_threads() == 2
     finally:
@@ -3742,7 +3742,7 @@ def test_an_evaluation_with_workers_is_the_same_and_restores_the_threads():
 def test_an_error_in_a_worker_reaches_the_main_process_with_its_place():
     group = evaluation.make_group(WorkerEnv, 16, 2)
     pids = group.reset(list(range(16)))[:, 2]
-    assert len(set(pids)) == 2 and os.getpid() not in pids
+    assert set(pids) == {os.getpid(), group.processes[0].pid}
     group.step(np.ones((16, 1))), group.step(np.ones((16, 1)))
     with pytest.raises(RuntimeError, match='raise KeyError."the simulator broke".'):
         group.step(np.ones((16, 1)))
@@ -3775,11 +3775,11 @@ class Slow(test_m3po.WorkerEnv):
     def step(self, action):
         time.sleep(0.2)
         return super().step(action)
-group = evaluation.make_group(Slow, 16, 2)
-group.reset(list(range(16)))
+group = evaluation.make_group(Slow, 24, 3)
+group.reset(list(range(24)))
 print(*(process.pid for process in group.processes), flush=True)
 if WHEN == "stepping":
-    group.step([[0.0]] * 16)
+    group.step([[0.0]] * 24)
 time.sleep(0 if WHEN == "ended" else 60)
 """
 
