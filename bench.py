@@ -25,6 +25,7 @@ from tqdm import tqdm
 import envs
 import m3po
 from evaluation import Group, evaluate
+from policy import GraphedUpdate
 from rollouts import EnvBuffer, ModelBuffer
 
 ROWS = 10_000  # real steps in D_env
@@ -33,7 +34,7 @@ ROWS = 10_000  # real steps in D_env
 def medians(jobs, repeats, device):
     """Median seconds of each of jobs {name: function}, which run in turns."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for _ in range(2):  # compiles, allocates, fills caches
+    for _ in range(2):  # compiles, records, allocates, fills caches
         for job in jobs.values():
             job()
     times = {name: [] for name in jobs}
@@ -110,22 +111,29 @@ def bench_nets(args, flags, env, device):
     D_model = ModelBuffer(D_env, M, flags.k, flags.retain, envs.termination_fn(env))
     D_model.rollout(policy, model)
 
-    def updates(policy):
+    def updates(update):
         noise = torch.randn(G, 2, B, A, device=device)
         for batch, n in zip(m3po.sample_batches(D_model, D_env, 1.0, G, B), noise):
-            policy.update(batch, n)
+            update(batch, n)
 
     def rollouts(policy):
         for _ in range(10):
             D_model.rollout(policy, model)
 
-    modes = {"eager": policy}
-    if m3po.compiler_works():
-        modes["compiled"] = copy.deepcopy(policy)
-        modes["compiled"].compile_methods()
+    def policies():
+        made = {"eager": copy.deepcopy(policy)}
+        if m3po.compiler_works(device):
+            made["compiled"] = copy.deepcopy(policy)
+            made["compiled"].compile_methods()
+        return made
+
+    modes = policies()
+    ways = {name: p.update for name, p in modes.items()}
+    if device.type == "cuda":
+        ways |= {f"{name}, CUDA graph": GraphedUpdate(p) for name, p in policies().items()}
     floor = update_products(policy, B, L)
     jobs = {"floor: its matrix products": lambda: [multiply(floor) for _ in range(G)]}
-    jobs |= {f"{name}, sampling included": lambda p=p: updates(p) for name, p in modes.items()}
+    jobs |= {f"{name}, sampling included": lambda u=u: updates(u) for name, u in ways.items()}
     show(f"policy update, batch {B}, width {flags.width}, L {L}",
          medians(jobs, args.repeats, device), "update", G)
 
@@ -240,7 +248,7 @@ def bench_evaluation(args, flags, env, device):
                 drive(sims[i], ctrl)
 
     with closing(m3po.make_eval_group(flags)) as group:
-        if m3po.compiler_works():
+        if m3po.compiler_works(device):
             policy.compile_methods()
         jobs = {"floor: mj_step": raw,
                 f"ours, in {group.workers} processes":
@@ -273,12 +281,12 @@ def bench_memory():
 
 
 def main(argv=None):
-    p = m3po.OneLineParser("bench.py", description=__doc__.split("\n\n")[0])
+    p = m3po.OneLineParser("bench.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
     p.add_argument("--env", default="halfcheetah-fwd-bwd", choices=list(envs.ENVS)[1:], metavar="NAME",
                    help="whose sizes and defaults (%(default)s)")
     p.add_argument("--threads", type=m3po.count, help="of torch (its default)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
-    p.add_argument("--repeats", type=m3po.count, default=20, help="turns per table (20)")
+    p.add_argument("--repeats", type=m3po.count, default=20, help="turns per table (20; for model fit and evaluation a quarter, at least 3)")
     args = p.parse_args(argv)
     flags, env, _ = m3po.parse_args(["--env", args.env, "--device", args.device])
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ import signal
 
 import torch
 
-VERSIONS = {"agent": 1, "run": 2}  # of what the two files hold
+VERSIONS = {"agent": 1, "run": 3}  # of what the two files hold
 
 
 class CheckpointError(Exception):
@@ -100,6 +100,9 @@ def cut_log(source, target, step):
         return
     with open(source, newline="") as f:
         header, *rows = csv.reader(f) if source.stat().st_size else [[]]
+    if "global_step" not in header:  # the disk was full before its first line was written
+        target.unlink(missing_ok=True)
+        return
     at = header.index("global_step")
     kept = [row for row in rows if len(row) == len(header) and int(row[at]) <= step]
 

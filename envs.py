@@ -45,6 +45,7 @@ import copy
 import functools
 import math
 import os
+import traceback
 
 import gymnasium as gym
 import numpy as np
@@ -60,7 +61,7 @@ from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
 from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv
 from gymnasium.envs.mujoco.walker2d_v5 import Walker2dEnv
 from gymnasium.spaces import Box
-from gymnasium.wrappers import TransformAction, TransformObservation
+from gymnasium.wrappers import TimeLimit, TransformAction, TransformObservation
 
 
 class EnvError(ValueError):
@@ -140,6 +141,7 @@ def never(next_obs):
 
 # Limits rounded to float32, so that float32 and float64 observations give the same answer.
 FLOAT32_02, FLOAT32_08 = float(np.float32(0.2)), float(np.float32(0.8))
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 # -------------------------------------------------------------------------------------- the toy
@@ -517,12 +519,14 @@ class FaultGuard(gym.Wrapper):
 
     def reset(self, *, seed=None, options=None):
         self.last_obs, info = self.env.reset(seed=seed, options=options)
+        if not np.isfinite(self.last_obs).all():
+            raise EnvError(f"{self.env}: reset returned a non-finite observation")
         self.self_resets = sum(counter.number for counter in self.counters)
         return self.last_obs, info
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        if not math.isfinite(reward):
+        if not math.isfinite(reward) or abs(reward) > FLOAT32_MAX:  # stored as float32
             fault = "non-finite reward"
         elif not np.isfinite(obs).all():
             fault = "non-finite observation"
@@ -596,18 +600,41 @@ def make(name, switch_every=None, oracle=False, render_mode=None):
     if switch_every is not None:
         kwargs["switch_every"] = switch_every
     try:
+        if not isinstance(name, str) or name.count(":") > 1:
+            raise gym.error.Error("no such name")
         env = gym.make(ENVS.get(name, name), disable_env_checker=True, **kwargs)
     except EnvError:
         raise
-    except (gym.error.Error, ModuleNotFoundError, TypeError, ValueError) as error:
+    except (gym.error.Error, ModuleNotFoundError) as error:
         reason = " ".join(str(error).split())  # one line
         valid = ", ".join(ENVS) + ", or module:Id-v0"
         raise EnvError(f"cannot make env {name!r}; valid: {valid} ({reason})") from error
+    except Exception as error:
+        raise own_fault(name, error) from error
     if not ours:
         refuse_unusable(name, env)
-    env = with_float32(env)
-    env = FaultGuard(env)
+        # Some envs return float64 whatever their space says, or an array that they change later.
+        flat = Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
+        env = TransformObservation(env, lambda obs: np.array(obs, np.float32), flat)
+        if time_limit(env) is None:
+            env = TimeLimit(env, 1_000)  # else evaluation might never end
+    env = FaultGuard(with_unit_actions(env))
     return TaskObservation(env) if oracle else env
+
+
+def own_fault(name, error):
+    """What the user's own code raised, in one line with its place."""
+    while error.__cause__ or error.__context__:  # Gymnasium raises it anew
+        error = error.__cause__ or error.__context__
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    said = " ".join(str(error).split())
+    return EnvError(f"{name}: {type(error).__name__} at {place.filename}:{place.lineno}: {said}")
+
+
+def time_limit(env):
+    """Env steps after which an episode is truncated; None if nothing says."""
+    has = env.has_wrapper_attr("_max_episode_steps")
+    return env.get_wrapper_attr("_max_episode_steps") if has else None
 
 
 def refuse_unusable(name, env):
@@ -624,21 +651,31 @@ def refuse_unusable(name, env):
     if not np.issubdtype(env.action_space.dtype, np.floating):
         raise EnvError(f"{name}: {env.action_space.dtype} actions; M3PO needs floats")
     # One step outside any wrapper shows which API the env speaks. Callers reset before use.
-    first = env.unwrapped.reset(seed=0)
+    try:
+        first = env.unwrapped.reset(seed=0)
+    except TypeError as error:
+        raise EnvError(f"{name}: old API: reset must take a seed and return (obs, info) ({error})"
+                       ) from error
+    except Exception as error:
+        raise own_fault(name, error) from error
     if not (isinstance(first, tuple) and len(first) == 2 and isinstance(first[1], dict)):
         raise EnvError(f"{name}: old API: reset must return (obs, info)")
-    result = env.unwrapped.step(env.unwrapped.action_space.sample())
+    try:
+        result = env.unwrapped.step(env.unwrapped.action_space.sample())
+    except Exception as error:
+        raise own_fault(name, error) from error
     if not (isinstance(result, tuple) and len(result) == 5):
         raise EnvError(
             f"{name}: old API: step must return (obs, reward, terminated, truncated, info)"
         )
+    for what, obs in (("reset", first[0]), ("step", result[0])):
+        if np.shape(obs) != env.observation_space.shape:
+            raise EnvError(f"{name}: {what} returned an observation of shape {np.shape(obs)}, its "
+                           f"space says {env.observation_space.shape}")
 
 
-def with_float32(env):
-    """Casts observations to float32 and takes actions in [-1, 1], where the env does not yet."""
-    if env.observation_space.dtype != np.float32:
-        flat = Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
-        env = TransformObservation(env, lambda obs: np.asarray(obs, np.float32), flat)
+def with_unit_actions(env):
+    """Takes actions in [-1, 1], where the env does not yet."""
     space = env.action_space
     unit = Box(-1.0, 1.0, space.shape, np.float32)
     if space != unit:

@@ -17,6 +17,7 @@ import torch
 from rollouts import LiveHistory
 
 SEEN = ("steps_since_switch", "switched", "right_way")  # of info, where the env has them
+FOUND = ("reward", *SEEN, "fault")  # of a step; fault is 1 where the simulator failed
 
 
 class Group:
@@ -34,12 +35,12 @@ class Group:
         return self.obs
 
     def step(self, actions):
-        """One step of every env that still runs: obs [n, O], reward and SEEN [4, n] (NaN where an
-        env does not run or does not say), running [n]."""
-        found = [(math.nan,) * (1 + len(SEEN))] * len(self.envs)
+        """One step of every env that still runs: obs [n, O], FOUND [5, n] (NaN where an env does
+        not run or does not say), running [n]."""
+        found = [(math.nan,) * len(FOUND)] * len(self.envs)
         for i in self.running.nonzero()[0]:
             self.obs[i], reward, terminated, truncated, info = self.envs[i].step(actions[i])
-            found[i] = reward, *(info.get(name, math.nan) for name in SEEN)
+            found[i] = reward, *(info.get(name, math.nan) for name in SEEN), "fault" in info
             self.running[i] = not (terminated or truncated)
         return self.obs, np.array(found, float).T, self.running
 
@@ -133,7 +134,8 @@ def make_group(make_env, n, workers):
 def evaluate(policy, group, env_seeds, L, device):
     """One fresh episode per env of the group with the mean action, all as one batch.
 
-    Returns arrays [T, n], NaN past an episode's end: reward, steps_since_switch, switched, right_way.
+    Returns FOUND as arrays [T, n], NaN past an episode's end, and obs, actions and next_obs
+    [T, n, .], which stand still or mean nothing there.
     """
     threads = torch.get_num_threads()
     if group.workers > 1:  # torch's own threads would spin on the cores that the workers need
@@ -141,17 +143,22 @@ def evaluate(policy, group, env_seeds, L, device):
     try:
         obs = group.reset(env_seeds)
         history = LiveHistory(len(obs), L, obs.shape[1] + policy.act_dim + 1, device)
-        running, log = np.ones(len(obs), bool), []
+        running, log, path = np.ones(len(obs), bool), [], [obs.copy()]
         while running.any():
             obs_t = torch.tensor(obs, device=device)  # a copy: the group writes to its own
             action_t = policy.act(history.tokens, history.mask, obs_t, deterministic=True)
-            obs, found, running = group.step(action_t.cpu().numpy())
-            log.append(found)
+            actions = action_t.cpu().numpy()
+            obs, found, running = group.step(actions)
+            log.append((found, actions))
+            path.append(obs.copy())
             rewards = torch.tensor(np.nan_to_num(found[0]), dtype=torch.float32, device=device)
             history.append(obs_t, action_t, rewards)
     finally:
         torch.set_num_threads(threads)
-    return dict(zip(("reward", *SEEN), np.stack(log, 1)))
+    found, actions = map(np.stack, zip(*log))
+    path = np.stack(path)
+    return dict(zip(FOUND, found.swapaxes(0, 1))) | {"obs": path[:-1], "actions": actions,
+                                                     "next_obs": path[1:]}
 
 
 def early_steps(env):
@@ -159,7 +166,7 @@ def early_steps(env):
     return min(50, (getattr(env.unwrapped, "switch_every", None) or 100) // 2)
 
 
-def summarise(episodes, gamma, early=50):
+def summarise(episodes, gamma, early):
     """Returns and lengths per episode, and how fast the agent adapts, from evaluate's arrays: the
     reward per step in the first `early` steps after a switch against the rest."""
     reward = episodes["reward"]
@@ -177,4 +184,5 @@ def summarise(episodes, gamma, early=50):
         "eval_reward_after_switch": mean(np.where(just_after, reward, np.nan)),
         "eval_reward_otherwise": mean(np.where(just_after, np.nan, reward)),
         "eval_right_way": mean(episodes["right_way"]),
+        "eval_faults": int(np.nansum(episodes["fault"])),
     }

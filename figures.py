@@ -27,8 +27,6 @@ from evaluation import Group, evaluate
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 DPI = 150
-RUNNING = set("env seed N out device compile resume eval_episodes eval_every diagnose_every "
-              "checkpoint_every env_capacity".split())  # flags that change no learning
 STRUCTURE = set("k L B rollout model hybrid beta no_token_reward oracle beta_nll reward_weight "
                 "alpha".split())  # flags that make a variant, also where all runs share them
 NAMED = {  # flag: value, or None for all, and how the paper and the README call it
@@ -119,14 +117,6 @@ def read_run(folder):
     return Run(folder, flags, dict(zip(header, table.T)))
 
 
-def differences(flags):
-    """{flag: value} of what was trained otherwise than by m3po.py's defaults for the env."""
-    default = vars(m3po.build_parser().parse_args([]))
-    default |= m3po.DEFAULTS["default"] | m3po.DEFAULTS.get(flags["env"], {})
-    return {name: flags[name] for name, value in default.items()
-            if name not in RUNNING and name in flags and flags[name] != value}
-
-
 def variant(differs):
     """The name of a run with these differences; "M3PO" if there are none."""
     differs, names = dict(differs), []
@@ -148,7 +138,7 @@ def read_runs(folders, one_env=False):
     if one_env and len(by_env) > 1:
         raise FigureError(f"{' and '.join(by_env)} have no common scale here: one env at a time")
     for env, runs in by_env.items():
-        differs = [differences(run.flags) for run in runs]
+        differs = [m3po.differences(run.flags) for run in runs]
         shared = {name: value for name, value in differs[0].items()
                   if name not in STRUCTURE and all(d.get(name) == value for d in differs)}
         titles[env] = f"{env}\n{variant(shared)}" if shared else env

@@ -47,7 +47,7 @@ import diagnostics
 import envs
 from evaluation import early_steps, evaluate, make_group, summarise
 from model import MetaModel
-from policy import LOGGED, MetaPolicy
+from policy import LOGGED, GraphedUpdate, MetaPolicy
 from rollouts import Batch, EnvBuffer, ModelBuffer
 
 # Table 2 and METHOD's reading of it; what is not named here is the same for every env. Any other
@@ -68,6 +68,25 @@ HYBRID = {"halfcheetah-pier": (80, 130), "walker2d-randomparams": (50, 100),
           "humanoid-direc": (150, 250)}
 
 
+RUNNING = set("env seed N out device compile resume eval_episodes eval_every diagnose_every "
+              "checkpoint_every env_capacity".split())  # flags that change no learning
+
+
+def differences(flags):
+    """{flag: value} of what is trained otherwise than by the defaults for flags["env"]."""
+    default = vars(build_parser().parse_args([])) | DEFAULTS["default"] | DEFAULTS.get(flags["env"], {})
+    if flags.get("warmup") == default_warmup(flags):
+        default["warmup"] = flags["warmup"]
+    return {name: flags[name] for name, value in default.items()
+            if name not in RUNNING and name in flags and flags[name] != value}
+
+
+def default_warmup(flags):
+    """At most half the run, so that a short one learns something too."""
+    steps = DEFAULTS.get(flags["env"], {}).get("warmup", DEFAULTS["default"]["warmup"])
+    return min(steps, max(1, flags["N"] * flags["E"] // 2))
+
+
 # ---- flags --------------------------------------------------------------------------------------
 
 
@@ -82,10 +101,10 @@ def number(kind, low, high=math.inf, low_open=False, high_open=False):
 
     def parse(text):
         try:
-            value = kind(text.replace("_", ""))
+            value = kind(text)
             ok = (value > low if low_open else value >= low) and (
                 value < high if high_open else value <= high) and math.isfinite(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             ok = False
         if not ok:
             whole = "a whole number" if kind is int else "a number"
@@ -106,8 +125,8 @@ def build_parser():
     g.add_argument("--env", default="point-fwd-bwd", metavar="NAME",
                    help=f"{', '.join(envs.ENVS)}, or your own as module:Id-v0 (default: %(default)s)")
     g.add_argument("--switch-every", type=count, metavar="STEPS",
-                   help="env steps between redraws of the hidden task (default: the env's, 300)")
-    g.add_argument("--seed", type=natural, default=0, help="of everything random (default: 0)")
+                   help="env steps between redraws of the hidden task (default: the env's; 300, toy 25)")
+    g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything random (default: 0)")
 
     g = p.add_argument_group("Table 2 (defaults differ by env; the paper's values are shown)")
     add = lambda *names, **kw: g.add_argument(*names, metavar=names[0].lstrip("-"), **kw)
@@ -134,7 +153,8 @@ def build_parser():
     g.add_argument("--max-passes", type=count, default=200,
                    help="most passes over D_env per fit, where the hold-out error has not stopped it (200)")
     g.add_argument("--beta-nll", type=share, default=0.5,
-                   help="0 is the paper's likelihood, see the README's deviations (0.5)")
+                   help="each term of the likelihood is weighed by its own variance to this power; 0 is the"
+                        " paper's likelihood, which hardly learns the reward (0.5)")
     g.add_argument("--reward-weight", type=positive,
                    help="weight of the reward beside 1 per observation (default: obs dims)")
     g.add_argument("--retain", type=count, metavar="STEPS",
@@ -143,7 +163,7 @@ def build_parser():
                    help="most env steps kept in D_env (1000000)")
 
     g = p.add_argument_group("meta-policy (SAC; not in the paper unless said)")
-    g.add_argument("--warmup", type=count, help="uniform random env steps at the start (3000; toy 200)")
+    g.add_argument("--warmup", type=count, help="uniform random env steps at the start (3000, toy 200; at most half the run)")
     g.add_argument("--batch-size", type=count, default=256, help="rows per update (256)")
     g.add_argument("--lr", type=positive, help="Adam step size of policy and Q (0.0003; toy 0.0005)")
     g.add_argument("--gamma", type=number(float, 0, 1, high_open=True),
@@ -163,7 +183,7 @@ def build_parser():
                    help="full: M model episodes from initial histories to the horizon, one model step"
                         " each per env step, never branching from D_env (Fig. 9)")
     g.add_argument("--model", choices=("gru", "mlp"), default="gru",
-                   help="mlp: M2PO, MBPO's 7 feed-forward nets that see no history (Fig. 16)")
+                   help="mlp: M2PO, MBPO's 7 feed-forward nets of 4 x 200 that see no history (Fig. 16)")
     g.add_argument("--hybrid", nargs="*", type=number(float, 0), metavar="EPOCH",
                    help="M3PO-h: the share of D_model in a batch falls from 1 to 0 between epochs A and"
                         " B; alone, Table 3's: " + ", ".join(f"{e} {a} {b}" for e, (a, b) in HYBRID.items()))
@@ -181,7 +201,8 @@ def build_parser():
                    help="auto takes a GPU if there is one (auto)")
     g.add_argument("--compile", choices=("auto", "on", "off"), default="auto",
                    help="torch.compile the policy's losses and actions: a minute or two first, then about a"
-                        " third faster; auto does so from 10,000 updates per epoch on (auto)")
+                        " third faster; on a GPU also record an update as one CUDA graph; auto does so"
+                        " from 10,000 updates per epoch on (auto)")
     g.add_argument("--eval-episodes", type=natural, default=50, help="episodes per evaluation (50)")
     g.add_argument("--eval-every", type=count, default=1, help="epochs between evaluations (1)")
     g.add_argument("--diagnose-every", type=natural, default=10,
@@ -189,7 +210,8 @@ def build_parser():
     g.add_argument("--checkpoint-every", type=count, default=1, help="epochs between checkpoints (1)")
     g.add_argument("--out", metavar="DIR", help="run folder (runs/ENV__m3po__SEED__TIME)")
     g.add_argument("--resume", metavar="DIR",
-                   help="go on with the run in DIR; --N, --out and --device may change, nothing else")
+                   help="go on with the run in DIR; --N, --out, --device and --compile may change, nothing"
+                        " else")
     return p
 
 
@@ -205,7 +227,7 @@ def parse_args(argv=None):
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(flags, UNSET))))
     given = {name: value for name, value in given.items() if value is not UNSET}
     state, folder = None, given.get("resume")
-    if folder:
+    if folder is not None:
         try:
             state = checkpoint.read(Path(folder) / "checkpoint.pt", "run")
         except checkpoint.CheckpointError as error:
@@ -216,11 +238,12 @@ def parse_args(argv=None):
                              f"which has {state['flags'].get(name)}")
         flags |= state["flags"] | {"out": folder, "resume": folder}
     args = argparse.Namespace(**flags | given)
+    args.env = next((name for name, env_id in envs.ENVS.items() if env_id == args.env), args.env)
     for name, value in {**DEFAULTS["default"], **DEFAULTS.get(args.env, {})}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if "warmup" not in given and not state:
-        args.warmup = min(args.warmup, args.N * args.E // 2)  # a short run learns something too
+        args.warmup = default_warmup(vars(args))
     if args.device == "cuda" and not torch.cuda.is_available():
         if "device" in given:
             parser.error("argument --device: cuda asked for, but torch sees no CUDA device")
@@ -236,6 +259,8 @@ def parse_args(argv=None):
             parser.error("argument --beta: a constant share contradicts --hybrid's schedule")
     if state and args.N * args.E < state["step"]:
         parser.error(f"argument --N: {args.N} epochs lie before the checkpoint's step {state['step']}")
+    if args.rollout == "full" and args.k != 1:
+        parser.error("argument --k: full rollouts have no length but the episode's")
     if args.warmup > args.N * args.E:
         parser.error(f"argument --warmup: {args.warmup} is more than the run's {args.N * args.E} env steps")
     if args.out is None:
@@ -251,8 +276,8 @@ def parse_args(argv=None):
     return args, env, state
 
 
-def make_env(args, render_mode=None):
-    return envs.make(args.env, args.switch_every, args.oracle, render_mode)
+def make_env(args):
+    return envs.make(args.env, args.switch_every, args.oracle)
 
 
 def seeds(run_seed, stream, index, n=1):
@@ -263,9 +288,9 @@ def seeds(run_seed, stream, index, n=1):
 # ---- logging ------------------------------------------------------------------------------------
 
 FIELDS = [*"""epoch global_step eval_return_mean eval_return_std eval_length_mean
-eval_discounted_return eval_reward_after_switch eval_reward_otherwise eval_right_way
+eval_discounted_return eval_reward_after_switch eval_reward_otherwise eval_right_way eval_faults
 train_return_mean q_loss actor_loss q_mean td_error entropy alpha beta model_nll model_nll_train
-model_explained_reward model_explained_obs model_passes imagined terminated_share nonfinite_share
+model_explained_reward model_explained_reward_fresh model_explained_obs model_passes imagined terminated_share nonfinite_share
 dropped_transitions""".split(), *diagnostics.FIELDS,
           *(f"seconds_{part}" for part in ("env", "fit", "rollouts", "updates", "eval", "diagnose"))]
 
@@ -294,11 +319,14 @@ def cpu_name():
 
 
 def versions():
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                            capture_output=True, text=True, check=False)
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
     return {"python": platform.python_version(), "torch": torch.__version__,
             "gymnasium": gym.__version__, "mujoco": envs.mujoco.__version__, "numpy": np.__version__,
-            "commit": commit.stdout.strip() or "unknown"}
+            "commit": commit or "unknown"}
 
 
 def describe(args, env, p):
@@ -306,15 +334,20 @@ def describe(args, env, p):
     inner, v = env.unwrapped, versions()
     per_epoch = (f"{args.E:,} env steps, {args.E * args.M:,} model rollouts of k={args.k}, "
                  f"{args.E * args.G:,} policy updates")
-    period = getattr(inner, "switch_every", None)
     own = "the env's own"
+    period = getattr(inner, "switch_every", own)
+    differs = differences(vars(args))
+    task = f"redrawn every {period} env steps" if isinstance(period, int) else period or "one per episode"
     note = "" if envs.termination_known(env) else " (unknown to the model: branches never end)"
     return "\n".join([
         f"env          {args.env}{' + oracle' if args.oracle else ''}: "
         f"obs {env.observation_space.shape[0]}, actions {env.action_space.shape[0]} in [-1, 1]",
         f"reward       {getattr(inner, 'reward_text', own)}",
-        f"terminated   {getattr(inner, 'termination_text', own)}{note}",
-        f"hidden task  {f'redrawn every {period} env steps' if period else 'no switch in an episode'}",
+        f"terminated   {getattr(inner, 'termination_text', own)}{note}; "
+        f"episodes of {envs.time_limit(env):,} env steps at most",
+        f"hidden task  {task}",
+        "method       M3PO" + ("" if not differs else ", but " + ", ".join(
+            f"{name.replace('_', ' ')} = {value}" for name, value in differs.items())),
         f"one epoch    {per_epoch}; {args.N} epochs",
         f"device       {args.device}, {torch.get_num_threads()} threads, seed {args.seed}",
         "versions     " + ", ".join(f"{name} {version[:12]}" for name, version in v.items()),
@@ -327,26 +360,31 @@ def episode_rows(step, returns, lengths):
             for i, (r, n) in enumerate(zip(returns.tolist(), lengths.tolist()))]
 
 
-def tensorboard(folder):
-    """A writer if the package is there, else None."""
+def tensorboard(folder, step):
+    """A writer if the package is there, else None. What it shows past env step `step` is hidden."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(folder)
+    return SummaryWriter(folder, purge_step=step + 1)
+
+
+def check_finite(p, args, policy):
+    """Stops the run, so that the last good checkpoint stays the last."""
+    losses, first = p["losses"].cpu(), (p["step"] - 1) // args.E * args.E  # of this epoch's env steps
+    if not torch.isfinite(losses).all():
+        bad = int((~torch.isfinite(losses)).any(1).nonzero()[0, 0])
+        which = LOGGED[int((~torch.isfinite(losses[bad])).nonzero()[0, 0])]
+        raise FloatingPointError(f"{which} is not finite at env step {first + bad}")
+    if not all(torch.isfinite(q).all() for q in policy.parameters()):
+        raise FloatingPointError(f"a parameter of the policy or Q is not finite at step {p['step']}")
 
 
 def log_epoch(out, board, args, row, p, policy, D_model, bar):
     """Close the epoch's row: losses, shares, seconds; to progress.csv, TensorBoard and the screen."""
-    losses = p["losses"].cpu()
+    check_finite(p, args, policy)
     done = p["updated"]
-    if not torch.isfinite(losses).all():
-        bad = int((~torch.isfinite(losses)).any(1).nonzero()[0, 0])
-        which = LOGGED[int((~torch.isfinite(losses[bad])).nonzero()[0, 0])]
-        raise FloatingPointError(f"{which} is not finite at env step {p['step'] - args.E + bad}")
-    if not all(torch.isfinite(q).all() for q in policy.parameters()):
-        raise FloatingPointError(f"a parameter of the policy or Q is not finite at step {p['step']}")
-    mean = losses.sum(0) / done if done else torch.full((len(LOGGED),), math.nan)
+    mean = p["losses"].cpu().sum(0) / done if done else torch.full((len(LOGGED),), math.nan)
     imagined, ended, nonfinite = D_model.stats.tolist()
     returns = p["train_returns"]
     row |= dict(zip(LOGGED, mean.tolist())) | {
@@ -363,9 +401,9 @@ def log_epoch(out, board, args, row, p, policy, D_model, bar):
     split = " ".join(f"{part} {seconds:.1f}s" for part, seconds in p["seconds"].items())
     score = (f"return {row['eval_return_mean']:8.1f} +- {row['eval_return_std']:6.1f}  "
              if "eval_return_mean" in row else "")
-    fit = p["fit"].get("explained_reward", math.nan)
+    explained = row.get("model_explained_reward_fresh", p["fit"].get("explained_reward", math.nan))
     bar.write(f"epoch {row['epoch']:3d}  step {row['global_step']:7,d}  {score}Q {row['q_mean']:7.1f}  "
-              f"alpha {row['alpha']:.3f}  explained r {fit:.2f}  | {split}", file=sys.stdout)
+              f"alpha {row['alpha']:.3f}  explained r {explained:.2f}  | {split}", file=sys.stdout)
 
 
 # ---- Algorithm 2 --------------------------------------------------------------------------------
@@ -419,7 +457,6 @@ def act(policy, D_env, obs, warm, device):
 def real_step(env, D_env, p, args, obs, action):
     """Line 5: one step of the real env into D_env; returns the next observation to act on."""
     next_obs, reward, terminated, truncated, info = env.step(action)
-    next_obs = np.array(next_obs)  # some envs return, and later change, an array of their own
     p["actions"].append(action.tolist())  # float32 to float loses nothing
     if "fault" in info:  # the simulator failed: this transition is no data
         p["dropped"] += 1
@@ -466,6 +503,9 @@ def finish_epoch(args, env, p, policy, model, D_env, D_model, group, board, bar)
         append_csv(out / "eval.csv", ["global_step", "episode", "return", "length"],
                    episode_rows(p["step"], returns, lengths))
         row |= summary
+        if p["fit"]:
+            fresh = diagnostics.explained_reward(model, episodes, args.L)
+            row["model_explained_reward_fresh"] = fresh
         p["last"] = [summary["eval_return_mean"], p["step"]]
         p["best"] = max(p["best"], p["last"])
     if args.diagnose_every and epoch % args.diagnose_every == 0 and len(D_env):
@@ -484,10 +524,10 @@ def make_eval_group(args):
     return make_group(lambda: make_env(args), args.eval_episodes, workers)
 
 
-def compiler_works():
-    """Whether torch.compile can build anything here."""
+def compiler_works(device):
+    """Whether torch.compile can build anything for this device here."""
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8))
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
     except Exception:  # whatever the missing compiler turns into, on any version
         return False
     return True
@@ -502,7 +542,7 @@ def main(args, env, state=None):
     D_env = EnvBuffer(min(args.N * args.E, args.env_capacity), policy.obs_dim, policy.act_dim, args.L,
                       device)
     D_model = ModelBuffer(D_env, args.M, args.k, args.retain, envs.termination_fn(env),
-                          full=args.rollout == "full")
+                          full=args.rollout == "full", horizon=envs.time_limit(env))
     # Everything that changes from step to step and lies in none of these four.
     p = {"step": 0, "episode": 0, "actions": [], "train_return": 0.0, "train_returns": [],
          "dropped": 0, "updated": 0, "stored": False, "fit": {}, "seconds": {}, "last": [math.nan, 0],
@@ -510,16 +550,20 @@ def main(args, env, state=None):
     if state is not None:
         p = checkpoint.restore(state, policy, model, D_env, D_model)
         p["losses"] = p["losses"].to(device)
+    update = policy.update
     if args.compile == "on" or args.compile == "auto" and args.E * args.G >= 10_000:
-        if compiler_works():
+        if device.type == "cuda":
+            update = GraphedUpdate(policy)
+        if compiler_works(device):
             policy.compile_methods()
         else:
-            print("compile      off: torch.compile found no working C++ compiler (g++); running eager")
+            print("compile      off: torch.compile found no working compiler (CPU: g++, GPU: Triton); "
+                  "running eager")
     open_run_folder(args, state)
     print(describe(args, env, p), flush=True)
     obs = replay(env, p, args)
     save = lambda: checkpoint.save(Path(args.out), vars(args), p, policy, model, D_env, D_model)
-    board = tensorboard(args.out)
+    board = tensorboard(args.out, p["step"])
 
     with closing(eval_group) as group, checkpoint.StopSignals() as stop, tqdm(
             total=args.N * args.E, initial=p["step"], unit="step", dynamic_ncols=True,
@@ -534,6 +578,7 @@ def main(args, env, state=None):
                             p["fit"] = model.fit(D_env)  # line 3, more often: README, deviations
                         else:
                             model.update_statistics(D_env)
+                            p["fit"] = {}  # what was fitted to other statistics predicts no more
                         policy.use_statistics(model)
                     p["stored"] = False
                 with clock(p["seconds"], "env"):
@@ -550,11 +595,12 @@ def main(args, env, state=None):
                         noise = torch.randn(args.G, 2, args.batch_size, policy.act_dim, device=device)
                         batches = sample_batches(D_model, D_env, beta, args.G, args.batch_size)
                         p["losses"][t % args.E] = torch.stack(
-                            [policy.update(*both) for both in zip(batches, noise)]).mean(0)  # 10-12
+                            [update(*both) for both in zip(batches, noise)]).mean(0)  # 10-12
                     p["updated"] += 1
                 p["step"] += 1
                 bar.update()
                 if stop.received and p["step"] < epoch * args.E:
+                    check_finite(p, args, policy)
                     save()
                     return stop.received
             finish_epoch(args, env, p, policy, model, D_env, D_model, group, board, bar)
@@ -562,7 +608,7 @@ def main(args, env, state=None):
                 save()
             if stop.received:
                 return stop.received
-    if args.eval_episodes:
+    if p["last"][1]:
         print("evaluation   last {:.1f} at step {:,}, best {:.1f} at step {:,}".format(
             *p["last"], *p["best"]))
     print(f"to see it    {args.out}/progress.csv, eval.csv; agent.pt and checkpoint.pt hold the agent")
@@ -588,8 +634,12 @@ def command_line():
         number = main(args, env, state)
     except (FloatingPointError, checkpoint.CheckpointError, OSError, ValueError) as error:
         sys.exit(f"m3po.py: error: {error}")
+    except RuntimeError as error:  # torch's own class for it exists on GPUs alone
+        if "memory" not in str(error):
+            raise
+        sys.exit(f"m3po.py: error: {str(error).splitlines()[0]}; see --M, --retain, --env-capacity")
     if number:
-        print(f"stopped at once after a step; go on with: python m3po.py --resume {args.out}")
+        print(f"stopped and saved; go on with: python m3po.py --resume {args.out}")
         sys.exit(128 + number)
 
 

@@ -48,7 +48,14 @@ class HistoryNet(nn.Module):
         return params if member is None else [p[member] for p in params]
 
     def encode(self, tokens, mask, member=None):
-        """z [E, B, H]: the GRU's state after the newest token; 0 where there is no token."""
+        """z [E, B, H]: the GRU's state after the newest token; 0 where there is no token.
+
+        Per token x, from h = 0 (torch.nn.GRU's equations; the result is the last h):
+            r = sigmoid(W_r x + b_r + U_r h + c_r)             how much of h the candidate sees
+            z = sigmoid(W_z x + b_z + U_z h + c_z)             how much of h is kept
+            n = tanh(W_n x + b_n + r * (U_n h + c_n))          the candidate
+            h <- (1 - z) n + z h
+        """
         T, B = tokens.shape[-3:-1]
         H = self.z_dim
         # The batch is the last axis in here: gates have 5 rows of B numbers, not B rows of 5.
@@ -222,7 +229,8 @@ class MetaModel(nn.Module):
             passes += 1
             error = self.validate(env_buffer)["member_error"]
             if not torch.isfinite(error).all():
-                raise FloatingPointError("the meta-model's loss is not finite")
+                raise FloatingPointError("the meta-model's loss is not finite at env step "
+                                         f"{env_buffer.total}")
             better = error < 0.99 * best_error  # [E]
             best_error = torch.where(better, error, best_error)
             for b, p in zip(best, self.parameters()):
@@ -241,7 +249,7 @@ class MetaModel(nn.Module):
         """Minibatches [E, b] of each member's resample [E, n], shuffled. While data is scarce a pass
         would be a step or two, and five passes of patience over before learning began: then the
         resample is gone through again, up to `least_steps` minibatches."""
-        again = -(-self.least_steps // -(-resample.shape[1] // self.batch_size))
+        again = math.ceil(self.least_steps / math.ceil(resample.shape[1] / self.batch_size))
         shuffles = [torch.argsort(torch.rand(resample.shape, device=resample.device), 1)
                     for _ in range(again)]
         for shuffle in shuffles:
@@ -250,7 +258,7 @@ class MetaModel(nn.Module):
     @torch.no_grad()
     def validate(self, env_buffer, holdout=True):
         """On rows never trained on (or on the others): each member's weighted squared error, the
-        ensemble's NLL per transition (nats, in standardised units; eps_m of Fig. 11), and the share
+        ensemble's NLL per transition (nats, in standardised units; Fig. 11), and the share
         of the variance of reward and observation change that its mean explains (0 = blind)."""
         rows = env_buffer.rows(holdout)
         if len(rows) == 0:

@@ -4,7 +4,7 @@
     Q_1, Q_2 (h_L, a)  twin soft Q-functions and their slow targets       HistoryNet, 2 members each
 
 One update is four functions, one equation each: `critic_loss`, `actor_loss`, `temperature_loss` and
-the targets' lerp in `update`. Adapting to a new task is none of them: it is the GRU's state z moving
+`update_targets`. Adapting to a new task is none of them: it is the GRU's state z moving
 as new tokens enter the window. No gradient, no task id.
 
 Axis letters and the history contract: rollouts.py. Lineage: SAC (Haarnoja et al. 2018) as in MBPO.
@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import HistoryNet
+from rollouts import Batch
 
 LOG_STD_MIN, LOG_STD_MAX = -10, 2
 LOGGED = ("q_loss", "actor_loss", "q_mean", "td_error", "entropy")  # what one update returns
@@ -34,8 +35,8 @@ class MetaPolicy(nn.Module):
     """Policy, twin Q, targets and temperature with their optimizers."""
 
     def __init__(self, obs_dim, act_dim, token_dim=None, widths=(400, 400), z_dim=5, gamma=0.99,
-                 tau=0.005, lr=3e-4, alpha=None, alpha_init=0.1, target_entropy=None, layer_norm=False):
-        """alpha: a fixed temperature (1.0 is the paper's literal objective); None tunes it.
+                 tau=0.005, lr=3e-4, alpha=None, target_entropy=None, layer_norm=False):
+        """alpha: a fixed temperature (1.0 is the paper's literal objective); None tunes it from 0.1.
         layer_norm: in Q, which without it runs away upwards (README, deviations)."""
         super().__init__()
         O, A = obs_dim, act_dim
@@ -49,7 +50,7 @@ class MetaPolicy(nn.Module):
         self.register_buffer("token_std", torch.ones(O + A + 1))
         self.target_entropy = -A / 2 if target_entropy is None else target_entropy  # MBPO
         self.tune_alpha = alpha is None
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(alpha_init if alpha is None else alpha)))
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(0.1 if alpha is None else alpha)))
         adam = lambda params: torch.optim.Adam(params, lr=lr, fused=True)
         self.q_optimizer = adam(self.qf.parameters())
         self.actor_optimizer = adam([*self.actor.parameters(), self.log_alpha])  # nothing in common
@@ -131,6 +132,11 @@ class MetaPolicy(nn.Module):
         """alpha rises while the entropy -log pi is below its target (SAC, Sec. 5 of its sequel)."""
         return -(self.log_alpha.exp() * (logp + self.target_entropy)).mean()
 
+    @torch.no_grad()
+    def update_targets(self):
+        """Q' <- (1 - tau) Q' + tau Q."""
+        torch._foreach_lerp_(list(self.qf_target.parameters()), list(self.qf.parameters()), self.tau)
+
     def update(self, batch, noise):
         """One policy update on a Batch with standard normal noise [2, B, A]. Returns a tensor of
         LOGGED, so that nothing here waits for the GPU."""
@@ -147,7 +153,61 @@ class MetaPolicy(nn.Module):
         self.actor_optimizer.step()
         self.qf.requires_grad_(True)
 
-        with torch.no_grad():  # Q' <- (1 - tau) Q' + tau Q
-            torch._foreach_lerp_(list(self.qf_target.parameters()), list(self.qf.parameters()),
-                                 self.tau)
+        self.update_targets()
         return torch.stack([q_loss.detach(), actor_loss.detach(), q_mean, td_error, -logp.mean()])
+
+
+class GraphedUpdate:
+    """`policy.update` as one CUDA graph: recorded once, then replayed, so that the GPU does not wait
+    for Python to launch hundreds of small kernels. The same kernels in the same order.
+
+    A replay reads its inputs where the recording read them, so they are copied there first. Where
+    recording fails, updates go on as they were. (PyTorch, "CUDA semantics", whole-network capture.)
+    """
+
+    def __init__(self, policy):
+        self.policy, self.inputs, self.graph = policy, None, None
+        self.first = 3  # updates before the recording: they compile, and set up the optimizers
+
+    def run(self):
+        return self.policy.update(Batch(*self.inputs[:-1]), self.inputs[-1])
+
+    def __call__(self, batch, noise):
+        given = (*batch, noise)
+        if self.inputs is None:
+            self.inputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
+        for kept, x in zip(self.inputs, given, strict=True):
+            kept.copy_(x)
+        if self.first:
+            self.first -= 1
+            return self.run_aside()
+        if self.graph is None:
+            self.record()
+        if not self.graph:
+            return self.run()
+        self.graph.replay()
+        return self.losses.clone()
+
+    def run_aside(self):
+        """On a stream of its own, as a recording will be: autograd remembers where it first ran."""
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            losses = self.run()
+        here.wait_stream(aside)
+        return losses
+
+    def record(self):
+        """Nothing is computed meanwhile; the first replay does."""
+        for optimizer in (self.policy.q_optimizer, self.policy.actor_optimizer):
+            for group in optimizer.param_groups:
+                group["capturable"] = True
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.losses = self.run()
+            self.graph = graph
+        except RuntimeError as error:
+            self.graph = False
+            self.policy.qf.requires_grad_(True)  # if update was left where it is False
+            print(f"CUDA graph   off: {' '.join(str(error).split())[:120]}", flush=True)

@@ -95,7 +95,6 @@ class EnvBuffer:
         self.back = torch.arange(L, 0, -1, device=device)[:, None]  # [L, 1]: slot 0 is L steps back
         self.total = 0  # rows ever written
         self.now = 0  # t of the step that add() will write next
-        self.starts = []  # absolute rows at which an episode begins
         self.held = False  # whether the current run of steps is held out
 
     @property
@@ -118,8 +117,6 @@ class EnvBuffer:
         if self.now % self.block == 0:
             self.held = bool(torch.rand(()) < self.holdout_share)
         self.holdout[i] = self.held
-        if self.now == 0:
-            self.starts.append(self.total)
         self.total += 1
         self.now = 0 if terminated or truncated else self.now + 1
 
@@ -162,10 +159,11 @@ class EnvBuffer:
 
     def start_rows(self):
         """Absolute rows kept that begin an episode."""
-        self.starts = [row for row in self.starts if row >= self.oldest]
-        if not self.starts:
+        kept = torch.arange(self.oldest, self.total, device=self.device)
+        first = kept[self.age[kept % self.capacity] == 0]
+        if len(first) == 0:
             raise ValueError("D_env holds no episode's first step: give a larger --env-capacity")
-        return torch.tensor(self.starts, device=self.device)
+        return first
 
     def rows(self, holdout):
         """All absolute rows kept that are (not) in the hold-out, oldest first."""
@@ -174,15 +172,13 @@ class EnvBuffer:
 
     def state_dict(self):
         kept = {name: getattr(self, name)[:len(self)].clone() for name in self.STATE}
-        return kept | {"total": self.total, "now": self.now, "held": self.held,
-                       "starts": list(self.starts)}
+        return kept | {"total": self.total, "now": self.now, "held": self.held}
 
     def load_state_dict(self, state):
         """Into a buffer of the same capacity, or of a larger one while the ring was not full."""
         for name in self.STATE:
             getattr(self, name)[:len(state[name])] = state[name].to(self.device)
-        self.total, self.now = state["total"], state["now"]
-        self.held, self.starts = state["held"], list(state["starts"])
+        self.total, self.now, self.held = state["total"], state["now"], state["held"]
 
 
 class Branches(NamedTuple):
@@ -216,7 +212,8 @@ class ModelBuffer:
 
     def __init__(self, env_buffer, M, k, steps, terminated_fn, full=False, horizon=1000):
         """steps: env steps whose rollouts are kept. full: Sec. 5.1's rollouts, one
-        imagined step per env step from initial histories to termination or `horizon`."""
+        imagined step per env step from initial histories to termination or `horizon`, the length
+        of a real episode."""
         env, self.env = env_buffer, env_buffer
         self.M, self.k, self.full, self.horizon = M, k, full, horizon
         self.terminated_fn = terminated_fn
@@ -233,6 +230,9 @@ class ModelBuffer:
         self.count = torch.zeros(self.blocks, dtype=torch.long, device=dev)
         self.written = 0  # blocks ever written
         self.running = None  # Branches: full rollouts go on from env step to env step
+        # They all begin together. Each is cut once, at a block of its own, so that from then on
+        # D_model holds every age of an episode at any time and not the same one M times.
+        self.cut = torch.arange(1, M + 1, device=dev) * horizon // M
         self.stats = torch.zeros(3, device=dev)  # imagined, terminated, non-finite (for the log)
 
     @torch.no_grad()
@@ -251,7 +251,7 @@ class ModelBuffer:
         fresh = branch(self.env, first[torch.randint(len(first), (self.M,), device=first.device)])
         if running is None:
             return fresh
-        go_on = running.alive & (running.depth < self.horizon)
+        go_on = running.alive & (running.depth < self.horizon) & (self.cut != self.written)
         keep = {"tokens": go_on[:, None], "obs": go_on[:, None]}
         return Branches(*(torch.where(keep.get(name, go_on), old, new) for name, old, new
                           in zip(Branches._fields, running, fresh)))
