@@ -133,7 +133,8 @@ def table(runs, said, args, env):
         f"`{args.env}`, {args.eval_episodes} episodes after {args.N * args.E:,} env steps; means "
         f"over seeds, that of the return with Student's 95 % interval.{closed_form(env)}", "",
         "| variant | flags | final return | mean of all evaluations | right way | reward per step, first "
-        f"{early_steps(env)} after a switch / else | explained reward, held out | seeds |",
+        f"{early_steps(env)} after a switch / else | explained reward, held out / fresh episodes "
+        "| seeds |",
         "|---|---|---|---|---|---|---|---|"]
     for label, found in runs.items():
         def mean(column):
@@ -147,7 +148,7 @@ def table(runs, said, args, env):
             interval([np.nanmean(run.progress["eval_return_mean"]) for run in found]) if found else "-",
             mean("eval_right_way"),
             mean("eval_reward_after_switch") + " / " + mean("eval_reward_otherwise"),
-            mean("model_explained_reward"),
+            mean("model_explained_reward") + " / " + mean("model_explained_reward_fresh"),
             " ".join(str(run.flags["seed"]) for run in found) or "-"]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -186,6 +187,8 @@ def main(argv=None):
             folder = args.out / slug / f"seed{seed}"
             folders[label].append(folder)
             todo[folder] = command(folder, flags, vars(wanted))
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"argument --out: {args.out} is no folder")
     total, todo = len(todo), {folder: line for folder, line in todo.items() if line}
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "lock", "w") as lock:

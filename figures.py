@@ -25,7 +25,8 @@ import play
 from evaluation import Group, evaluate
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442",
+           "#882255", "#44AA99", "#999933", "#777777")  # told apart by the colour-blind too
 DPI = 150
 STRUCTURE = set("k L B rollout model hybrid beta no_token_reward oracle beta_nll reward_weight "
                 "alpha".split())  # flags that make a variant, also where all runs share them
@@ -236,8 +237,11 @@ def finish(figure, axes, path):
         ax.grid(alpha=0.25)
         handles, labels = ax.get_legend_handles_labels()
         entries = dict(zip(labels, handles)) | entries
+    columns = int(figure.get_figwidth() // 2.5)  # inches for a name
+    more = math.ceil(len(entries) / columns) - 2  # rows that panels() left no room for
+    figure.set_figheight(figure.get_figheight() + 0.2 * max(more, 0))
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", frameon=False,
-                  ncols=4, fontsize=9)
+                  ncols=columns, fontsize=9)
     figure.savefig(path)
 
 

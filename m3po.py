@@ -9,8 +9,8 @@ SAC meta-policy that adapts to a hidden, changing task from the last L steps it 
     paper          here                          shape / unit            file
     h_{L:t}        tokens, mask, obs             [L, B, D], [L, B], [B, O]   rollouts.py (contract)
     z_t            HistoryNet.encode             [members, B, 5]         model.py
-    p_theta        MetaModel (fit, sample)       B members               model.py
-    pi_phi, Q, V   MetaPolicy (act, update)      B actions in [-1, 1]    policy.py
+    p_theta        MetaModel (fit, sample)       an ensemble (--B)       model.py
+    pi_phi, Q      MetaPolicy (act, update)      [B, A] in [-1, 1], [2, B]   policy.py
     D_env          EnvBuffer                     ring of real steps      rollouts.py
     D_model        ModelBuffer                   ring of imagined steps  rollouts.py
     tau (task)     info["task"], never in obs                            envs.py

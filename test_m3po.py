@@ -3897,7 +3897,7 @@ def test_ablations_skip_what_is_finished_go_on_with_what_is_not_and_outlive_a_fa
     returns = [float(row["eval_return_mean"]) for row in run_rows(out / "m3po/seed0")]
     way = float(run_rows(out / "m3po/seed0")[-1]["eval_right_way"])
     assert f"| {returns[-1]:.1f} | {np.mean(returns):.1f} | {way:.2f} |" in rows[0]
-    assert rows[1].endswith("| `--k 2` | - | - | - | - / - | - | - |")
+    assert rows[1].endswith("| `--k 2` | - | - | - | - / - | - / - | - |")
 
     with pytest.raises(ValueError, match="was trained with G 2, not 3; use another --out"):
         ablations.main([*flags, "--G", "3"])
