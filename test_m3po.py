@@ -835,6 +835,10 @@ def test_the_readmes_own_env_works(tmp_path, monkeypatch):
     env.reset(seed=0)
     obs, _, infos = envs_run(env, np.full((200, 1), -1, np.float32))
     assert len(obs) < 200 and rule(obs).tolist() == [False] * (len(obs) - 1) + [True]
+    flags = re.search(r"python m3po.py (--env my_env:MyEnv-v0.*)", text).group(1).split()
+    run_parse(*flags)  # the command is valid as it stands; here with tiny sizes
+    row = run_rows(run(tmp_path / "a", *flags[:2]))[-1]
+    assert math.isfinite(float(row["q_loss"])) and row["eval_right_way"] == "nan"
 
 
 # ==================================================================================================
@@ -3545,7 +3549,7 @@ def test_play_evaluates_as_training_does_and_says_how_the_agent_fared(see_runs, 
     for i, value in enumerate(returns):
         assert f"episode {i:3d}  return {value:9.1f}  length  100" in printed
     assert f"return       {returns.mean():.1f} +- {returns.std():.1f} over 4 episodes" in printed
-    assert "right way" in printed and "after a switch" in printed
+    assert "right way" in printed and "after a switch" in printed and "model        explains" in printed
 
 
 def test_the_toy_gets_a_strip_and_a_gif_with_a_frame_per_step(see_runs, tmp_path):
