@@ -133,8 +133,7 @@ def table(runs, said, args, env):
         f"`{args.env}`, {args.eval_episodes} episodes after {args.N * args.E:,} env steps; means "
         f"over seeds, that of the return with Student's 95 % interval.{closed_form(env)}", "",
         "| variant | flags | final return | mean of all evaluations | right way | reward per step, first "
-        f"{early_steps(env)} after a switch / else | explained reward, held out / fresh episodes "
-        "| seeds |",
+        f"{early_steps(env)} after a switch / else | explained reward, held out | seeds |",
         "|---|---|---|---|---|---|---|---|"]
     for label, found in runs.items():
         def mean(column):
@@ -148,7 +147,7 @@ def table(runs, said, args, env):
             interval([np.nanmean(run.progress["eval_return_mean"]) for run in found]) if found else "-",
             mean("eval_right_way"),
             mean("eval_reward_after_switch") + " / " + mean("eval_reward_otherwise"),
-            mean("model_explained_reward") + " / " + mean("model_explained_reward_fresh"),
+            mean("model_explained_reward"),
             " ".join(str(run.flags["seed"]) for run in found) or "-"]) + " |")
     return "\n".join(lines) + "\n"
 

@@ -8,7 +8,7 @@
 Measured: the NLLs, the KL and |r|. Assumed: that the NLL on training rows is the entropy of the real
 environment; that Pinsker's TV <= sqrt(KL / 2) is tight; that means over D_env stand for the maxima
 of Definitions 1 and 2. So the gaps are what the theory would say of such errors, no certificate.
-eps_m is 0 for a model that fits neither its own rows nor others, as M2PO's does on a direction task:
+eps_m is small for a model that fits neither its own rows nor others, as M2PO's on a direction task:
 it compares fits of one model, not models with each other.
 
 Nothing here touches the training's random stream.
@@ -16,13 +16,12 @@ Nothing here touches the training's random stream.
 
 import math
 
-import numpy as np
 import torch
 
 import bounds
 from model import gaussian_nll
 from policy import MetaPolicy
-from rollouts import EnvBuffer, slide
+from rollouts import slide
 
 DEPTHS = 5
 FIELDS = [f"{what}_depth_{d}" for what in ("nll", "rmse_reward", "rmse_obs")
@@ -88,24 +87,8 @@ def policy_divergence(policy, D_env, widths, seed, steps=500, batch_size=256):
             return kl.sum(-1).mean().item()
 
 
-def explained_reward(model, episodes, L):
-    """Share of the reward's variance that the model explains in evaluation's episodes, which no
-    model was fitted to: rows held out of D_env have neighbours of the same task in the fit, these
-    have not. Up to `model.max_holdout` rows, evenly."""
-    ran = torch.from_numpy(np.isfinite(episodes["reward"])).T  # [n, T]: episode by episode
-    n, T = ran.shape
-    by_row = lambda name: torch.as_tensor(episodes[name], dtype=torch.float32).transpose(0, 1)[ran]
-    rows = EnvBuffer(int(ran.sum()), model.obs_dim, model.act_dim, L, model.target_mean.device)
-    rows.tokens.copy_(torch.cat([by_row("obs"), by_row("actions"), by_row("reward")[:, None]], 1))
-    rows.next_obs.copy_(by_row("next_obs"))
-    rows.age.copy_(torch.arange(T).expand(n, T)[ran])
-    rows.holdout.fill_(True)
-    rows.total = rows.capacity
-    return model.validate(rows)["explained_reward"].item()
-
-
 def measure(policy, model, D_env, fit, args, seed):
-    """Everything above but explained_reward as one dict of numbers for progress.csv. fit: what the
+    """Everything above as one dict of numbers for progress.csv. fit: what the
     last fit found; empty if the model is not (or no longer) fitted."""
     found = error_by_depth(model, D_env) if fit else {}
     kl = policy_divergence(policy, D_env, (args.width,) * 2, seed)

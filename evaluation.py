@@ -134,8 +134,7 @@ def make_group(make_env, n, workers):
 def evaluate(policy, group, env_seeds, L, device):
     """One fresh episode per env of the group with the mean action, all as one batch.
 
-    Returns FOUND as arrays [T, n], NaN past an episode's end, and obs, actions and next_obs
-    [T, n, .], which stand still or mean nothing there.
+    Returns FOUND as arrays [T, n], NaN past an episode's end.
     """
     threads = torch.get_num_threads()
     if group.workers > 1:  # torch's own threads would spin on the cores that the workers need
@@ -143,22 +142,17 @@ def evaluate(policy, group, env_seeds, L, device):
     try:
         obs = group.reset(env_seeds)
         history = LiveHistory(len(obs), L, obs.shape[1] + policy.act_dim + 1, device)
-        running, log, path = np.ones(len(obs), bool), [], [obs.copy()]
+        running, log = np.ones(len(obs), bool), []
         while running.any():
             obs_t = torch.tensor(obs, device=device)  # a copy: the group writes to its own
             action_t = policy.act(history.tokens, history.mask, obs_t, deterministic=True)
-            actions = action_t.cpu().numpy()
-            obs, found, running = group.step(actions)
-            log.append((found, actions))
-            path.append(obs.copy())
+            obs, found, running = group.step(action_t.cpu().numpy())
+            log.append(found)
             rewards = torch.tensor(np.nan_to_num(found[0]), dtype=torch.float32, device=device)
             history.append(obs_t, action_t, rewards)
     finally:
         torch.set_num_threads(threads)
-    found, actions = map(np.stack, zip(*log))
-    path = np.stack(path)
-    return dict(zip(FOUND, found.swapaxes(0, 1))) | {"obs": path[:-1], "actions": actions,
-                                                     "next_obs": path[1:]}
+    return dict(zip(FOUND, np.stack(log, 1)))
 
 
 def early_steps(env):

@@ -290,7 +290,7 @@ def seeds(run_seed, stream, index, n=1):
 FIELDS = [*"""epoch global_step eval_return_mean eval_return_std eval_length_mean
 eval_discounted_return eval_reward_after_switch eval_reward_otherwise eval_right_way eval_faults
 train_return_mean q_loss actor_loss q_mean td_error entropy alpha beta model_nll model_nll_train
-model_explained_reward model_explained_reward_fresh model_explained_obs model_passes imagined terminated_share nonfinite_share
+model_explained_reward model_explained_obs model_passes imagined terminated_share nonfinite_share
 dropped_transitions""".split(), *diagnostics.FIELDS,
           *(f"seconds_{part}" for part in ("env", "fit", "rollouts", "updates", "eval", "diagnose"))]
 
@@ -401,9 +401,9 @@ def log_epoch(out, board, args, row, p, policy, D_model, bar):
     split = " ".join(f"{part} {seconds:.1f}s" for part, seconds in p["seconds"].items())
     score = (f"return {row['eval_return_mean']:8.1f} +- {row['eval_return_std']:6.1f}  "
              if "eval_return_mean" in row else "")
-    explained = row.get("model_explained_reward_fresh", p["fit"].get("explained_reward", math.nan))
+    fit = p["fit"].get("explained_reward", math.nan)
     bar.write(f"epoch {row['epoch']:3d}  step {row['global_step']:7,d}  {score}Q {row['q_mean']:7.1f}  "
-              f"alpha {row['alpha']:.3f}  explained r {explained:.2f}  | {split}", file=sys.stdout)
+              f"alpha {row['alpha']:.3f}  explained r {fit:.2f}  | {split}", file=sys.stdout)
 
 
 # ---- Algorithm 2 --------------------------------------------------------------------------------
@@ -503,9 +503,6 @@ def finish_epoch(args, env, p, policy, model, D_env, D_model, group, board, bar)
         append_csv(out / "eval.csv", ["global_step", "episode", "return", "length"],
                    episode_rows(p["step"], returns, lengths))
         row |= summary
-        if p["fit"]:
-            fresh = diagnostics.explained_reward(model, episodes, args.L)
-            row["model_explained_reward_fresh"] = fresh
         p["last"] = [summary["eval_return_mean"], p["step"]]
         p["best"] = max(p["best"], p["last"])
     if args.diagnose_every and epoch % args.diagnose_every == 0 and len(D_env):

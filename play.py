@@ -29,7 +29,6 @@ import mujoco
 import numpy as np
 
 import checkpoint
-import diagnostics
 import envs
 import m3po
 from evaluation import Group, early_steps, evaluate, summarise
@@ -364,16 +363,13 @@ def check(args, env):
 
 
 def play(args):
-    policy, model, env, run = load(args.run)
+    policy, _, env, run = load(args.run)
     check(args, env)
     film = Film(env) if args.view or args.video or args.strip else env
     others = [m3po.make_env(run) for _ in range(args.episodes - 1)]
     env_seeds = m3po.seeds(args.seed, 2, 0, args.episodes)  # 2: no training's, no evaluation's
     episodes = evaluate(policy, Group([film, *others]), env_seeds, run.L, "cpu")
     report(episodes, run.gamma, early_steps(env))
-    if run.beta and run.hybrid is None:  # else the model is not fitted, or was long ago
-        explained = diagnostics.explained_reward(model, episodes, run.L)
-        print(f"model        explains {explained:.0%} of the reward's variance in these episodes")
     if film is env:
         return
     whole = around = (0, len(film))
