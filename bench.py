@@ -286,7 +286,8 @@ def main(argv=None):
                    help="whose sizes and defaults (%(default)s)")
     p.add_argument("--threads", type=m3po.count, help="of torch (its default)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
-    p.add_argument("--repeats", type=m3po.count, default=20, help="turns per table (20; for model fit and evaluation a quarter, at least 3)")
+    p.add_argument("--repeats", type=m3po.count, default=20,
+                   help="turns per table (20; of model fit and evaluation a quarter, at least 3)")
     args = p.parse_args(argv)
     flags, env, _ = m3po.parse_args(["--env", args.env, "--device", args.device])
     torch.manual_seed(0)

@@ -6,15 +6,15 @@
 A meta-model is fitted to real data; short rollouts in it, branched from real histories, feed a
 SAC meta-policy that adapts to a hidden, changing task from the last L steps it saw.
 
-    paper          here                          shape / unit            file
+    paper          here                          shape / unit                file
     h_{L:t}        tokens, mask, obs             [L, B, D], [L, B], [B, O]   rollouts.py (contract)
-    z_t            HistoryNet.encode             [members, B, 5]         model.py
-    p_theta        MetaModel (fit, sample)       an ensemble (--B)       model.py
+    z_t            HistoryNet.encode             [members, B, 5]             model.py
+    p_theta        MetaModel (fit, sample)       an ensemble of --B members  model.py
     pi_phi, Q      MetaPolicy (act, update)      [B, A] in [-1, 1], [2, B]   policy.py
-    D_env          EnvBuffer                     ring of real steps      rollouts.py
-    D_model        ModelBuffer                   ring of imagined steps  rollouts.py
-    tau (task)     info["task"], never in obs                            envs.py
-    C_Th1, C_Th2   full_rollout_gap, ...                                 bounds.py
+    D_env          EnvBuffer                     ring of real steps          rollouts.py
+    D_model        ModelBuffer                   ring of imagined steps      rollouts.py
+    tau (task)     info["task"], never in obs                                envs.py
+    C_Th1, C_Th2   full_rollout_gap, ...                                     bounds.py
 
 The clocks of one run (Table 2, halfcheetah-fwd-bwd):
 
@@ -126,7 +126,8 @@ def build_parser():
                    help=f"{', '.join(envs.ENVS)}, or your own as module:Id-v0 (default: %(default)s)")
     g.add_argument("--switch-every", type=count, metavar="STEPS",
                    help="env steps between redraws of the hidden task (default: the env's; 300, toy 25)")
-    g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything random (default: 0)")
+    g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0,
+                   help="of everything random (default: 0)")
 
     g = p.add_argument_group("Table 2 (defaults differ by env; the paper's values are shown)")
     add = lambda *names, **kw: g.add_argument(*names, metavar=names[0].lstrip("-"), **kw)
@@ -163,7 +164,8 @@ def build_parser():
                    help="most env steps kept in D_env (1000000)")
 
     g = p.add_argument_group("meta-policy (SAC; not in the paper unless said)")
-    g.add_argument("--warmup", type=count, help="uniform random env steps at the start (3000, toy 200; at most half the run)")
+    g.add_argument("--warmup", type=count,
+                   help="uniform random env steps at the start (3000, toy 200; at most half the run)")
     g.add_argument("--batch-size", type=count, default=256, help="rows per update (256)")
     g.add_argument("--lr", type=positive, help="Adam step size of policy and Q (0.0003; toy 0.0005)")
     g.add_argument("--gamma", type=number(float, 0, 1, high_open=True),
