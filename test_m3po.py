@@ -2413,7 +2413,7 @@ def test_tensorboard_gets_every_number_where_it_is_installed(monkeypatch, tmp_pa
     run(tmp_path / "a")
     assert ("losses/q_loss", 80) in written and ("charts/eval_return_mean", 40) in written
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert m3po.tensorboard(tmp_path) is None
+    assert m3po.tensorboard(tmp_path, 0) is None
 
 
 @pytest.mark.parametrize("name", [name for name in envs.ENVS if name != "point-fwd-bwd"])
