@@ -41,6 +41,7 @@ plots and tests):
 [-1, 1]. Your own env: `make("my_module:MyEnv-v0")`, see README.
 """
 
+import contextlib
 import copy
 import functools
 import math
@@ -526,7 +527,7 @@ class FaultGuard(gym.Wrapper):
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        if not math.isfinite(reward) or abs(reward) > FLOAT32_MAX:  # stored as float32
+        if not abs(reward) <= FLOAT32_MAX:  # as which it is stored; NaN is not <= either
             fault = "non-finite reward"
         elif not np.isfinite(obs).all():
             fault = "non-finite observation"
@@ -599,20 +600,18 @@ def make(name, switch_every=None, oracle=False, render_mode=None):
         raise EnvError(f"{name}: oracle and switch_every are only for {', '.join(ENVS)}")
     if switch_every is not None:
         kwargs["switch_every"] = switch_every
-    try:
-        if not isinstance(name, str) or name.count(":") > 1:
-            raise gym.error.Error("no such name")
-        env = gym.make(ENVS.get(name, name), disable_env_checker=True, **kwargs)
-    except EnvError:
-        raise
-    except (gym.error.Error, ModuleNotFoundError) as error:
-        reason = " ".join(str(error).split())  # one line
-        valid = ", ".join(ENVS) + ", or module:Id-v0"
-        raise EnvError(f"cannot make env {name!r}; valid: {valid} ({reason})") from error
-    except Exception as error:
-        raise own_fault(name, error) from error
+    with own_code(name):
+        try:
+            if not isinstance(name, str) or name.count(":") > 1:
+                raise gym.error.Error("no such name")
+            env = gym.make(ENVS.get(name, name), disable_env_checker=True, **kwargs)
+        except (gym.error.Error, ModuleNotFoundError) as error:
+            reason = " ".join(str(error).split())  # one line
+            valid = ", ".join(ENVS) + ", or module:Id-v0"
+            raise EnvError(f"cannot make env {name!r}; valid: {valid} ({reason})") from error
+        if not ours:
+            refuse_unusable(name, env)
     if not ours:
-        refuse_unusable(name, env)
         # Some envs return float64 whatever their space says, or an array that they change later.
         flat = Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
         env = TransformObservation(env, lambda obs: np.array(obs, np.float32), flat)
@@ -622,13 +621,20 @@ def make(name, switch_every=None, oracle=False, render_mode=None):
     return TaskObservation(env) if oracle else env
 
 
-def own_fault(name, error):
-    """What the user's own code raised, in one line with its place."""
-    while error.__cause__ or error.__context__:  # Gymnasium raises it anew
-        error = error.__cause__ or error.__context__
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    said = " ".join(str(error).split())
-    return EnvError(f"{name}: {type(error).__name__} at {place.filename}:{place.lineno}: {said}")
+@contextlib.contextmanager
+def own_code(name):
+    """What the user's own code raises in here becomes one line with its place."""
+    try:
+        yield
+    except EnvError:
+        raise
+    except Exception as error:
+        first = error
+        while first.__cause__ or first.__context__:  # Gymnasium raises it anew
+            first = first.__cause__ or first.__context__
+        place = traceback.extract_tb(first.__traceback__)[-1]
+        said = f"{type(first).__name__} at {place.filename}:{place.lineno}: {first}"
+        raise EnvError(f"{name}: {' '.join(said.split())}") from error
 
 
 def time_limit(env):
@@ -656,14 +662,9 @@ def refuse_unusable(name, env):
     except TypeError as error:
         raise EnvError(f"{name}: old API: reset must take a seed and return (obs, info) ({error})"
                        ) from error
-    except Exception as error:
-        raise own_fault(name, error) from error
     if not (isinstance(first, tuple) and len(first) == 2 and isinstance(first[1], dict)):
         raise EnvError(f"{name}: old API: reset must return (obs, info)")
-    try:
-        result = env.unwrapped.step(env.unwrapped.action_space.sample())
-    except Exception as error:
-        raise own_fault(name, error) from error
+    result = env.unwrapped.step(env.unwrapped.action_space.sample())
     if not (isinstance(result, tuple) and len(result) == 5):
         raise EnvError(
             f"{name}: old API: step must return (obs, reward, terminated, truncated, info)"

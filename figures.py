@@ -24,9 +24,9 @@ import m3po
 import play
 from evaluation import Group, evaluate
 
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# Okabe and Ito's colours and four of Tol's, which the colour-blind tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442",
-           "#882255", "#44AA99", "#999933", "#777777")  # told apart by the colour-blind too
+           "#882255", "#44AA99", "#999933", "#777777")
 DPI = 150
 STRUCTURE = set("k L B rollout model hybrid beta no_token_reward oracle beta_nll reward_weight "
                 "alpha".split())  # flags that make a variant, also where all runs share them

@@ -72,9 +72,14 @@ RUNNING = set("env seed N out device compile resume eval_episodes eval_every dia
               "checkpoint_every env_capacity".split())  # flags that change no learning
 
 
+def env_defaults(name):
+    """{flag: value} of DEFAULTS for this env."""
+    return DEFAULTS["default"] | DEFAULTS.get(name, {})
+
+
 def differences(flags):
     """{flag: value} of what is trained otherwise than by the defaults for flags["env"]."""
-    default = vars(build_parser().parse_args([])) | DEFAULTS["default"] | DEFAULTS.get(flags["env"], {})
+    default = vars(build_parser().parse_args([])) | env_defaults(flags["env"])
     if flags.get("warmup") == default_warmup(flags):
         default["warmup"] = flags["warmup"]
     return {name: flags[name] for name, value in default.items()
@@ -83,8 +88,7 @@ def differences(flags):
 
 def default_warmup(flags):
     """At most half the run, so that a short one learns something too."""
-    steps = DEFAULTS.get(flags["env"], {}).get("warmup", DEFAULTS["default"]["warmup"])
-    return min(steps, max(1, flags["N"] * flags["E"] // 2))
+    return min(env_defaults(flags["env"])["warmup"], max(1, flags["N"] * flags["E"] // 2))
 
 
 # ---- flags --------------------------------------------------------------------------------------
@@ -241,7 +245,7 @@ def parse_args(argv=None):
         flags |= state["flags"] | {"out": folder, "resume": folder}
     args = argparse.Namespace(**flags | given)
     args.env = next((name for name, env_id in envs.ENVS.items() if env_id == args.env), args.env)
-    for name, value in {**DEFAULTS["default"], **DEFAULTS.get(args.env, {})}.items():
+    for name, value in env_defaults(args.env).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if "warmup" not in given and not state:
@@ -386,7 +390,7 @@ def log_epoch(out, board, args, row, p, policy, D_model, bar):
     """Close the epoch's row: losses, shares, seconds; to progress.csv, TensorBoard and the screen."""
     check_finite(p, args, policy)
     done = p["updated"]
-    mean = p["losses"].cpu().sum(0) / done if done else torch.full((len(LOGGED),), math.nan)
+    mean = p["losses"].sum(0).cpu() / done if done else torch.full((len(LOGGED),), math.nan)
     imagined, ended, nonfinite = D_model.stats.tolist()
     returns = p["train_returns"]
     row |= dict(zip(LOGGED, mean.tolist())) | {
