@@ -3968,7 +3968,7 @@ def test_an_evaluation_with_workers_is_the_same_and_restores_the_threads():
         torch.set_num_threads(2)
         found = [evaluation.evaluate(policy, group, list(range(16)), 3, "cpu") for group in groups]
         assert torch.get_num_threads() == 2
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="at least one array"):
             evaluation.evaluate(policy, groups[1], [], 3, "cpu")  # seeds for none
         assert torch.get_num_threads() == 2
     finally:
