@@ -237,22 +237,19 @@ def bench_evaluation(args, flags, env, device):
     """One evaluation, of an untrained agent, against the mj_steps of the same envs."""
     policy, _ = m3po.build(flags, env, device)
     n, seeds = flags.eval_episodes, list(range(flags.eval_episodes))
-    recorder = Recorder([envs.make(args.env) for _ in range(n)])
-    evaluate(policy, recorder, seeds, flags.L, device)
+    with closing(m3po.make_players(flags, env)) as players:
+        recorder = Recorder([envs.make(args.env) for _ in range(n)])
+        evaluate(copy.deepcopy(policy).cpu(), recorder, seeds, flags.L)
 
-    def raw():
-        recorder.reset(seeds)
-        sims = [env.unwrapped for env in recorder.envs]
-        for taken in recorder.taken:
-            for i, ctrl in taken:
-                drive(sims[i], ctrl)
+        def raw():
+            recorder.reset(seeds)
+            sims = [env.unwrapped for env in recorder.envs]
+            for taken in recorder.taken:
+                for i, ctrl in taken:
+                    drive(sims[i], ctrl)
 
-    with closing(m3po.make_eval_group(flags)) as group:
-        if m3po.compiler_works(device):
-            policy.compile_methods()
-        jobs = {"floor: mj_step": raw,
-                f"ours, in {group.workers} processes":
-                lambda: evaluate(policy, group, seeds, flags.L, device)}
+        jobs = {"floor: mj_step": raw, f"ours, in {players.workers} processes":
+                lambda: players.evaluate(policy, seeds)}
         show(f"evaluation of {n} episodes, {args.env}", medians(jobs, max(3, args.repeats // 4), device),
              "episode", n)
 

@@ -1,7 +1,7 @@
 """Evaluation: fresh episodes under the mean action, and how fast the agent adapts in them.
 
-Adapting is nothing but tokens entering the window: no gradient, no task id. All episodes run side
-by side, so that the policy sees one batch per time step; the envs step on several CPU cores at once.
+Adapting is nothing but tokens entering the window: no gradient, no task id. The episodes run side by
+side, so that the policy sees one batch per time step, and in as many such batches as there are cores.
 """
 
 import math
@@ -21,9 +21,7 @@ FOUND = ("reward", *SEEN, "fault")  # of a step; fault is 1 where the simulator 
 
 
 class Group:
-    """n envs in this process, each for one episode at a time."""
-
-    workers = 1
+    """n envs, each for one episode at a time."""
 
     def __init__(self, envs):
         self.envs = envs
@@ -49,110 +47,119 @@ class Group:
             env.close()
 
 
-class Workers:
-    """A Group whose envs are dealt to `workers` processes, which step them at the same time; the
-    first of them is this process, which would only wait otherwise."""
+@torch.inference_mode()
+def evaluate(policy, group, env_seeds, L):
+    """One fresh episode per env of the group with the mean action of a policy on the CPU, all as one
+    batch.
 
-    def __init__(self, make_env, n, workers):
+    Returns FOUND as arrays [T, n], NaN past an episode's end.
+    """
+    obs = group.reset(env_seeds)
+    history = LiveHistory(len(obs), L, obs.shape[1] + policy.act_dim + 1)
+    running, log = np.ones(len(obs), bool), []
+    while running.any():
+        obs_t = torch.tensor(obs)  # a copy: the group writes to its own
+        action_t = policy.act(history.tokens, history.mask, obs_t, deterministic=True)
+        obs, found, running = group.step(action_t.numpy())
+        log.append(found)
+        history.append(obs_t, action_t, torch.tensor(np.nan_to_num(found[0]), dtype=torch.float32))
+    return dict(zip(FOUND, np.array(log).swapaxes(0, 1)))
+
+
+class Player:
+    """Some of an evaluation's envs, and a copy of the policy to play them with."""
+
+    def __init__(self, make_env, make_policy, n, L):
+        self.group, self.policy, self.L = Group([make_env() for _ in range(n)]), make_policy(), L
+
+    def play(self, weights, env_seeds):
+        self.policy.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()},
+                                    strict=False)  # Q does not act
+        return evaluate(self.policy, self.group, env_seeds, self.L)
+
+
+class Players:
+    """The envs of an evaluation dealt to `workers` processes on as many cores; the first is this
+    process, which would only wait otherwise.
+
+    Each plays its episodes from beginning to end with a copy of the policy on the CPU: processes
+    that met at every step to share one batch would spend more time on waiting for each other than a
+    smaller batch costs. The last bits of a batched matmul depend on its size, and so on `workers`.
+    """
+
+    def __init__(self, make_env, make_policy, n, workers, L):
+        if not hasattr(os, "sched_setaffinity") or multiprocessing.current_process().daemon:
+            workers = 1  # not Linux; a process of somebody's pool may have none of its own
+        self.workers = max(1, min(workers, n // 2))
+        self.parts = np.array_split(np.arange(n), self.workers)
         context = multiprocessing.get_context("fork")  # at once, and nothing has to be pickled
-        self.workers, self.parts = workers, np.array_split(np.arange(n), workers)
         self.pipes, self.processes = [], []
         for worker, part in enumerate(self.parts[1:], 1):
             ours, theirs = context.Pipe()
-            job = (ours, theirs, make_env, len(part), worker)
+            job = (ours, theirs, worker, make_env, make_policy, len(part), L)
             self.processes.append(context.Process(target=serve, args=job, daemon=True))
             self.processes[-1].start()
             theirs.close()
             self.pipes.append(ours)
-        self.own = Group([make_env() for _ in self.parts[0]])
+        self.own = Player(make_env, make_policy, len(self.parts[0]), L)
         # At exit, before multiprocessing waits for its processes: they end when their pipe does.
-        self.close = Finalize(self, close_workers, (self.own, self.pipes, self.processes),
+        self.close = Finalize(self, close_players, (self.own, self.pipes, self.processes),
                               exitpriority=10)
 
-    def ask(self, verb, values):
-        """Calls the verb in every process with its share of values; the answers in their order."""
-        shares = [values[part[0]:part[-1] + 1] for part in self.parts]
+    def evaluate(self, policy, env_seeds):
+        """`evaluate` of a policy on any device, in all processes at the same time."""
+        weights = {name: w.numpy(force=True) for name, w in policy.state_dict().items()
+                   if not name.startswith("qf")}
+        shares = [env_seeds[part[0]:part[-1] + 1] for part in self.parts]
+        threads = torch.get_num_threads()
+        if self.workers > 1:  # torch's own threads would spin on the cores that the others need
+            torch.set_num_threads(1)
         try:
             for pipe, share in zip(self.pipes, shares[1:]):
-                pipe.send((verb, share))
-            answers = [getattr(self.own, verb)(shares[0])] + [pipe.recv() for pipe in self.pipes]
+                pipe.send((weights, share))
+            found = [self.own.play(weights, shares[0])] + [pipe.recv() for pipe in self.pipes]
         except (EOFError, ConnectionError):
-            raise OSError("a process that steps evaluation's envs died") from None
-        for answer in answers:
+            raise OSError("a process that plays evaluation's episodes died") from None
+        finally:
+            torch.set_num_threads(threads)
+        for answer in found:
             if isinstance(answer, Exception):
                 raise answer
-        return answers
-
-    def reset(self, env_seeds):
-        return np.concatenate(self.ask("reset", env_seeds))
-
-    def step(self, actions):
-        obs, found, running = zip(*self.ask("step", actions))
-        return np.concatenate(obs), np.concatenate(found, 1), np.concatenate(running)
+        T = max(len(part["reward"]) for part in found)
+        longer = lambda x: np.pad(x, ((0, T - len(x)), (0, 0)), constant_values=math.nan)
+        return {name: np.concatenate([longer(part[name]) for part in found], 1) for name in FOUND}
 
 
-def close_workers(own, pipes, processes):
-    own.close()
+def close_players(own, pipes, processes):
+    own.group.close()
     for pipe in pipes:
         pipe.close()
     for process in processes:
         process.join()
 
 
-def serve(ours, theirs, make_env, n, worker):
-    """A worker: does what its pipe asks until that closes, also by the death of who asks."""
+def serve(ours, theirs, worker, *own):
+    """A worker: plays what its pipe asks for until that closes, also by the death of who asks."""
     ours.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # the main process gets them too, and closes us
         signal.signal(number, signal.SIG_IGN)
     # Else the kernel wakes a worker on the sender's core. Other runs begin at another core.
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[(os.getppid() + worker) % len(cores)]})
-    group = None
+    torch.set_num_threads(1)
+    player = None
     try:
         while True:
-            verb, value = theirs.recv()
+            asked = theirs.recv()
             try:
-                group = group or Group([make_env() for _ in range(n)])
-                answer = getattr(group, verb)(value)
+                player = player or Player(*own)
+                answer = player.play(*asked)
             except Exception:
                 answer = RuntimeError(f"in a process of evaluation:\n{traceback.format_exc()}")
             theirs.send(answer)
     except (EOFError, ConnectionError):
-        if group:
-            group.close()
-
-
-def make_group(make_env, n, workers):
-    """n envs; on Linux dealt to `workers` processes, if each gets eight or more: for fewer, messages
-    cost more than is won."""
-    workers = min(workers, n // 8)
-    if workers < 2 or not hasattr(os, "sched_setaffinity") or multiprocessing.current_process().daemon:
-        return Group([make_env() for _ in range(n)])
-    return Workers(make_env, n, workers)
-
-
-def evaluate(policy, group, env_seeds, L, device):
-    """One fresh episode per env of the group with the mean action, all as one batch.
-
-    Returns FOUND as arrays [T, n], NaN past an episode's end.
-    """
-    threads = torch.get_num_threads()
-    if group.workers > 1:  # torch's own threads would spin on the cores that the workers need
-        torch.set_num_threads(1)
-    try:
-        obs = group.reset(env_seeds)
-        history = LiveHistory(len(obs), L, obs.shape[1] + policy.act_dim + 1, device)
-        running, log = np.ones(len(obs), bool), []
-        while running.any():
-            obs_t = torch.tensor(obs, device=device)  # a copy: the group writes to its own
-            action_t = policy.act(history.tokens, history.mask, obs_t, deterministic=True)
-            obs, found, running = group.step(action_t.cpu().numpy())
-            log.append(found)
-            rewards = torch.tensor(np.nan_to_num(found[0]), dtype=torch.float32, device=device)
-            history.append(obs_t, action_t, rewards)
-    finally:
-        torch.set_num_threads(threads)
-    return dict(zip(FOUND, np.stack(log, 1)))
+        if player:
+            player.group.close()
 
 
 def early_steps(env):

@@ -297,7 +297,7 @@ def around_switches(run, episodes):
         raise FigureError(f"{run.flags['env']} never switches its task within an episode")
     before, after = (20, 60) if period >= 100 else (math.ceil(period / 5), period)
     test = Group([m3po.make_env(args) for _ in range(episodes)])
-    found = evaluate(policy, test, m3po.seeds(0, 2, 0, episodes), args.L, "cpu")
+    found = evaluate(policy, test, m3po.seeds(0, 2, 0, episodes), args.L)
     x, T, rows = np.arange(-before, after + 1), len(found["reward"]), []
     for reward, switched in zip(found["reward"].T, found["switched"].T):
         edges = [0, *np.flatnonzero(switched == 1), T]

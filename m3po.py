@@ -45,7 +45,7 @@ from tqdm import tqdm
 import checkpoint
 import diagnostics
 import envs
-from evaluation import early_steps, evaluate, make_group, summarise
+from evaluation import Players, early_steps, summarise
 from model import MetaModel
 from policy import LOGGED, GraphedUpdate, MetaPolicy
 from rollouts import Batch, EnvBuffer, ModelBuffer
@@ -496,7 +496,7 @@ def open_run_folder(args, state):
                                 lambda f: f.write(json.dumps(config, indent=1).encode()))
 
 
-def finish_epoch(args, env, p, policy, model, D_env, D_model, group, board, bar):
+def finish_epoch(args, env, p, policy, model, D_env, D_model, players, board, bar):
     """What an epoch is judged by: evaluation, diagnostics, one row in the logs. No training stream
     is touched."""
     epoch, out = p["step"] // args.E, Path(args.out)
@@ -504,7 +504,7 @@ def finish_epoch(args, env, p, policy, model, D_env, D_model, group, board, bar)
     if args.eval_episodes and epoch % args.eval_every == 0:
         with clock(p["seconds"], "eval"):
             env_seeds = seeds(args.seed, 1, epoch, args.eval_episodes)
-            episodes = evaluate(policy, group, env_seeds, args.L, D_env.device)
+            episodes = players.evaluate(policy, env_seeds)
         returns, lengths, summary = summarise(episodes, args.gamma, early_steps(env))
         append_csv(out / "eval.csv", ["global_step", "episode", "return", "length"],
                    episode_rows(p["step"], returns, lengths))
@@ -520,11 +520,12 @@ def finish_epoch(args, env, p, policy, model, D_env, D_model, group, board, bar)
     p |= {"updated": 0, "train_returns": [], "seconds": {}}
 
 
-def make_eval_group(args):
-    """Evaluation's envs, in as many worker processes as torch has threads. A step of the toy is
-    cheaper than a message to a worker."""
+def make_players(args, env):
+    """Evaluation's envs, in as many processes as torch has threads. The toy's episodes are over in
+    less time than that saves."""
     workers = 1 if args.env == "point-fwd-bwd" else torch.get_num_threads()
-    return make_group(lambda: make_env(args), args.eval_episodes, workers)
+    return Players(lambda: make_env(args), lambda: build(args, env, "cpu")[0], args.eval_episodes,
+                   workers, args.L)
 
 
 def compiler_works(device):
@@ -538,7 +539,7 @@ def compiler_works(device):
 
 def main(args, env, state=None):
     """Algorithm 2. Returns the number of the signal that stopped it, or None."""
-    eval_group = make_eval_group(args)  # first: its processes are forked
+    eval_players = make_players(args, env)  # first: its processes are forked
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     policy, model = build(args, env, device)  # line 1
@@ -568,7 +569,7 @@ def main(args, env, state=None):
     save = lambda: checkpoint.save(Path(args.out), vars(args), p, policy, model, D_env, D_model)
     board = tensorboard(args.out, p["step"])
 
-    with closing(eval_group) as group, checkpoint.StopSignals() as stop, tqdm(
+    with closing(eval_players) as players, checkpoint.StopSignals() as stop, tqdm(
             total=args.N * args.E, initial=p["step"], unit="step", dynamic_ncols=True,
             smoothing=0.05, disable=args.N * args.E == p["step"]) as bar:
         for epoch in range(p["step"] // args.E + 1, args.N + 1):  # line 2
@@ -606,7 +607,7 @@ def main(args, env, state=None):
                     check_finite(p, args, policy)
                     save()
                     return stop.received
-            finish_epoch(args, env, p, policy, model, D_env, D_model, group, board, bar)
+            finish_epoch(args, env, p, policy, model, D_env, D_model, players, board, bar)
             if epoch % args.checkpoint_every == 0 or epoch == args.N or stop.received:
                 save()
             if stop.received:

@@ -368,7 +368,7 @@ def play(args):
     film = Film(env) if args.view or args.video or args.strip else env
     others = [m3po.make_env(run) for _ in range(args.episodes - 1)]
     env_seeds = m3po.seeds(args.seed, 2, 0, args.episodes)  # 2: no training's, no evaluation's
-    episodes = evaluate(policy, Group([film, *others]), env_seeds, run.L, "cpu")
+    episodes = evaluate(policy, Group([film, *others]), env_seeds, run.L)
     report(episodes, run.gamma, early_steps(env))
     if film is env:
         return

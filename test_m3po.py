@@ -2450,7 +2450,7 @@ def test_evaluation_shows_the_policy_the_tokens_of_the_history_contract():
             seen.append((obs[0, 0].item(), tokens[mask][:, [0, 2]].tolist()))
             return torch.zeros(len(obs), 1)
 
-    evaluation.evaluate(Policy(), evaluation.Group([RunCountingEnv()]), [0], 2, "cpu")
+    evaluation.evaluate(Policy(), evaluation.Group([RunCountingEnv()]), [0], 2)
     assert seen[0] == (0.0, []) and seen[1] == (1.0, [[0.0, 10.0]])
     assert seen[2] == (2.0, [[0.0, 10.0], [1.0, 20.0]])
     assert seen[3] == (3.0, [[1.0, 20.0], [2.0, 30.0]])
@@ -2661,7 +2661,7 @@ def test_a_loaded_agent_evaluates_exactly_as_the_live_one(tmp_path):
     policy, model, env, args = m3po.load(tmp_path / "a")
     env_seeds = m3po.seeds(args.seed, 1, args.N, 2)
     group = evaluation.Group([env, m3po.make_env(args)])
-    episodes = evaluation.evaluate(policy, group, env_seeds, args.L, "cpu")
+    episodes = evaluation.evaluate(policy, group, env_seeds, args.L)
     live = [float(row["return"]) for row in run_rows(tmp_path / "a", "eval.csv")[-2:]]
     assert evaluation.summarise(episodes, args.gamma, early=50)[0].tolist() == live
 
@@ -3518,7 +3518,7 @@ def test_play_evaluates_as_training_does_and_says_how_the_agent_fared(see_runs, 
     printed = capsys.readouterr().out
     policy, _, _, args = m3po.load(see_runs["toy"])
     test = evaluation.Group([m3po.make_env(args) for _ in range(4)])
-    found = evaluation.evaluate(policy, test, m3po.seeds(5, 2, 0, 4), args.L, "cpu")
+    found = evaluation.evaluate(policy, test, m3po.seeds(5, 2, 0, 4), args.L)
     returns = np.nansum(found["reward"], 0)
     for i, value in enumerate(returns):
         assert f"episode {i:3d}  return {value:9.1f}  length  100" in printed
@@ -3927,84 +3927,109 @@ def test_bad_input_to_the_ablations_is_one_line_and_nothing_is_created(
 
 
 class WorkerEnv:
-    """Returns its seed, its age and its process; seed 13 breaks at its third step."""
+    """r = a t for four steps, seeds 1 and 2 for one and two more; seed 13 breaks at its third."""
 
     def reset(self, seed=None):
         self.seed, self.t = seed, 0
-        return np.array([seed, 0, os.getpid()], float), {}
+        return np.zeros(1, np.float32), {}
 
     def step(self, action):
         self.t += 1
         if self.seed == 13 and self.t == 3:
             raise KeyError("the simulator broke")
-        obs = np.array([self.seed, self.t, os.getpid()], float)
-        return obs, action[0] * self.t, False, self.t == 4, {"right_way": bool(action[0] > 0)}
+        info = {"right_way": bool(action[0] > 0), "steps_since_switch": os.getpid()}
+        ends = 4 + (self.seed if self.seed in (1, 2) else 0)
+        return np.zeros(1, np.float32), action[0] * self.t, False, self.t == ends, info
 
     def close(self):
         pass
 
 
-def test_worker_processes_step_exactly_what_one_process_steps():
+class WorkerPolicy(torch.nn.Module):
+    """a = its weight; it notes nothing of the history."""
+
+    act_dim = 1
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def act(self, tokens, mask, obs, deterministic):
+        return self.weight.detach().expand(len(obs), 1)
+
+
+def players(n, workers, make_env=WorkerEnv, make_policy=WorkerPolicy, L=3):
+    return evaluation.Players(make_env, make_policy, n, workers, L)
+
+
+def test_each_process_plays_its_share_with_the_weights_of_now():
+    some, policy = players(16, 3), WorkerPolicy()
+    assert some.workers == 3 and len(some.processes) == 2
+    env_seeds = [*range(13), 14, 15, 16]
+    for weight in (2.0, -3.0):
+        torch.nn.init.constant_(policy.weight, weight)
+        found = some.evaluate(policy, env_seeds)
+        t = np.arange(1, 5)[:, None]
+        assert np.array_equal(found["reward"][:4, 3:], weight * t.repeat(13, 1))
+        assert found["reward"].shape == (6, 16) and np.isfinite(found["reward"]).sum(0).tolist() == (
+            [4, 5, 6] + [4] * 13)
+        assert np.nansum(found["right_way"]) == (weight > 0) * (4 + 5 + 6 + 13 * 4)
+    pids = found["steps_since_switch"][0]
+    assert set(pids[:6]) == {os.getpid()}
+    assert [set(pids[6:11]), set(pids[11:])] == [{process.pid} for process in some.processes]
+    some.close()
+    assert not any(process.is_alive() for process in some.processes)
+
+
+def test_an_evaluation_in_processes_is_the_same_and_restores_the_threads():
+    policy, threads = MetaPolicy(27, 8, widths=(8, 8)), torch.get_num_threads()
     make = lambda: envs.make("ant-fwd-bwd")
-    alone, shared = evaluation.make_group(make, 16, 1), evaluation.make_group(make, 16, 2)
-    assert (alone.workers, shared.workers) == (1, 2)
+    several = [players(16, workers, make, lambda: MetaPolicy(27, 8, widths=(8, 8))) for workers in (1, 2)]
     env_seeds = list(range(16))
-    rng = np.random.default_rng(0)
-    assert np.array_equal(alone.reset(env_seeds), shared.reset(env_seeds))
-    for _ in range(60):  # random ants fall: some end while others go on
-        actions = rng.uniform(-1, 1, (16, 8)).astype(np.float32)
-        for a, b in zip(alone.step(actions), shared.step(actions)):
-            assert np.array_equal(a, b, equal_nan=True)
-    assert 0 < alone.running.sum() < 16
-    shared.close()
-    assert not any(process.is_alive() for process in shared.processes)
-
-
-def test_an_evaluation_with_workers_is_the_same_and_restores_the_threads():
-    policy, threads = MetaPolicy(17, 6, widths=(8, 8)), torch.get_num_threads()
-    make = lambda: envs.make("halfcheetah-fwd-bwd")
-    groups = evaluation.make_group(make, 16, 1), evaluation.make_group(make, 16, 2)
+    found = [evaluation.evaluate(policy, evaluation.Group([make() for _ in range(16)]), env_seeds, 3)]
     try:
         torch.set_num_threads(2)
-        found = [evaluation.evaluate(policy, group, list(range(16)), 3, "cpu") for group in groups]
-        assert torch.get_num_threads() == 2
+        for some in several:
+            found.append(some.evaluate(policy, env_seeds))
+            assert torch.get_num_threads() == 2
         with pytest.raises(ValueError, match="at least one array"):
-            evaluation.evaluate(policy, groups[1], [], 3, "cpu")  # seeds for none
+            several[1].evaluate(policy, [])  # seeds for none
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+        for some in several:
+            some.close()
     for name, values in found[0].items():
-        assert values.shape == (1000, 16) and np.allclose(values, found[1][name], atol=1e-3), name
-    groups[1].close()
+        assert np.array_equal(values, found[1][name], equal_nan=True), name  # one batch as well
+        early = slice(0, 30)  # a chaotic body makes more of the last bits later on
+        assert np.allclose(values[early], found[2][name][early], atol=1e-3, equal_nan=True), name
 
 
-def test_an_error_in_a_worker_reaches_the_main_process_with_its_place():
-    group = evaluation.make_group(WorkerEnv, 16, 2)
-    pids = group.reset(list(range(16)))[:, 2]
-    assert set(pids) == {os.getpid(), group.processes[0].pid}
-    group.step(np.ones((16, 1))), group.step(np.ones((16, 1)))
+def test_an_error_in_a_process_of_evaluation_reaches_the_main_process_with_its_place():
+    some = players(16, 2)
     with pytest.raises(RuntimeError, match='raise KeyError."the simulator broke".'):
-        group.step(np.ones((16, 1)))
-    group.close()
+        some.evaluate(WorkerPolicy(), list(range(16)))
+    some.close()
 
 
 def test_a_worker_that_dies_is_one_line_and_one_that_is_told_to_stop_goes_on():
-    group = evaluation.make_group(WorkerEnv, 16, 2)
-    group.reset(list(range(16)))
-    for process in group.processes:  # `timeout` and batch systems signal every process of a run
+    some, env_seeds = players(16, 2), list(range(20, 36))
+    some.evaluate(WorkerPolicy(), env_seeds)
+    for process in some.processes:  # `timeout` and batch systems signal every process of a run
         os.kill(process.pid, signal.SIGTERM)
         os.kill(process.pid, signal.SIGINT)
-    group.step(np.ones((16, 1)))
-    group.processes[0].kill()
-    group.processes[0].join()
-    with pytest.raises(OSError, match="evaluation's envs died"):
-        group.step(np.ones((16, 1)))
-    group.close()
+    some.evaluate(WorkerPolicy(), env_seeds)
+    some.processes[0].kill()
+    some.processes[0].join()
+    with pytest.raises(OSError, match="evaluation's episodes died"):
+        some.evaluate(WorkerPolicy(), env_seeds)
+    some.close()
 
 
-def test_few_episodes_are_not_worth_a_process():
-    assert evaluation.make_group(WorkerEnv, 15, 4).workers == 1
-    assert evaluation.make_group(WorkerEnv, 0, 4).envs == []
+def test_no_process_for_less_than_two_episodes_nor_for_none():
+    assert players(3, 4).workers == 1
+    assert players(4, 4).workers == 2
+    assert players(0, 4).own.group.envs == []
 
 
 WORKERS_LEFT = """
@@ -4014,16 +4039,15 @@ class Slow(test_m3po.WorkerEnv):
     def step(self, action):
         time.sleep(0.2)
         return super().step(action)
-group = evaluation.make_group(Slow, 24, 3)
-group.reset(list(range(24)))
-print(*(process.pid for process in group.processes), flush=True)
-if WHEN == "stepping":
-    group.step([[0.0]] * 24)
+some = evaluation.Players(Slow, test_m3po.WorkerPolicy, 24, 3, 2)
+print(*(process.pid for process in some.processes), flush=True)
+if WHEN == "playing":
+    some.evaluate(test_m3po.WorkerPolicy(), list(range(20, 44)))
 time.sleep(0 if WHEN == "ended" else 60)
 """
 
 
-@pytest.mark.parametrize("when", ["idle", "stepping", "ended"])
+@pytest.mark.parametrize("when", ["idle", "playing", "ended"])
 def test_workers_end_with_the_main_process_and_without_a_word(when):
     code = WORKERS_LEFT.replace("WHEN", repr(when))
     main = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
@@ -4072,7 +4096,7 @@ def test_medians_are_of_the_runs_after_the_warm_up():
 def test_the_simulators_floor_does_the_steps_that_the_evaluation_did():
     recorder = bench.Recorder([envs.make("ant-fwd-bwd") for _ in range(2)])
     policy = MetaPolicy(27, 8, widths=(8, 8))
-    found = evaluation.evaluate(policy, recorder, [0, 1], 3, "cpu")
+    found = evaluation.evaluate(policy, recorder, [0, 1], 3)
     lengths = np.isfinite(found["reward"]).sum(0)
     assert [sum(i == env for taken in recorder.taken for i, _ in taken) for env in (0, 1)] == list(lengths)
     sim, after = recorder.envs[0].unwrapped, recorder.obs[0].copy()
