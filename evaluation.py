@@ -1,14 +1,16 @@
 """Evaluation: fresh episodes under the mean action, and how fast the agent adapts in them.
 
 Adapting is nothing but tokens entering the window: no gradient, no task id. The episodes run side by
-side, so that the policy sees one batch per time step, and in as many such batches as there are cores.
+side, so that the policy sees one batch per time step; in training they are dealt to several processes.
 """
 
+import ctypes
 import math
 import multiprocessing
 import os
 import signal
 import traceback
+from contextlib import contextmanager
 from multiprocessing.util import Finalize
 
 import numpy as np
@@ -92,19 +94,19 @@ class Players:
             workers = 1  # not Linux; a process of somebody's pool may have none of its own
         self.workers = max(1, min(workers, n // 2))
         self.parts = np.array_split(np.arange(n), self.workers)
-        context = multiprocessing.get_context("fork")  # at once, and nothing has to be pickled
+        self.own = Player(make_env, make_policy, len(self.parts[0]), L)
         self.pipes, self.processes = [], []
+        # At exit, before multiprocessing waits for its processes: they end when their pipe does.
+        self.close = Finalize(self, close_players, (self.own, self.pipes, self.processes),
+                              exitpriority=10)
+        context = multiprocessing.get_context("fork")  # at once, and nothing has to be pickled
         for worker, part in enumerate(self.parts[1:], 1):
             ours, theirs = context.Pipe()
+            self.pipes.append(ours)
             job = (ours, theirs, worker, make_env, make_policy, len(part), L)
             self.processes.append(context.Process(target=serve, args=job, daemon=True))
             self.processes[-1].start()
             theirs.close()
-            self.pipes.append(ours)
-        self.own = Player(make_env, make_policy, len(self.parts[0]), L)
-        # At exit, before multiprocessing waits for its processes: they end when their pipe does.
-        self.close = Finalize(self, close_players, (self.own, self.pipes, self.processes),
-                              exitpriority=10)
 
     def evaluate(self, policy, env_seeds):
         """`evaluate` of a policy on any device, in all processes at the same time."""
@@ -115,11 +117,15 @@ class Players:
         if self.workers > 1:  # torch's own threads would spin on the cores that the others need
             torch.set_num_threads(1)
         try:
-            for pipe, share in zip(self.pipes, shares[1:]):
-                pipe.send((weights, share))
-            found = [self.own.play(weights, shares[0])] + [pipe.recv() for pipe in self.pipes]
-        except (EOFError, ConnectionError):
-            raise OSError("a process that plays evaluation's episodes died") from None
+            with reaching_workers():
+                for pipe, share in zip(self.pipes, shares[1:]):
+                    pipe.send((weights, share))
+            found = [self.own.play(weights, shares[0])]
+            with reaching_workers():
+                found += [pipe.recv() for pipe in self.pipes]
+        except BaseException:
+            self.close()  # answers that nobody waits for any more would pass for those of the next
+            raise
         finally:
             torch.set_num_threads(threads)
         for answer in found:
@@ -130,19 +136,30 @@ class Players:
         return {name: np.concatenate([longer(part[name]) for part in found], 1) for name in FOUND}
 
 
+@contextmanager
+def reaching_workers():
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        raise OSError("a process that plays evaluation's episodes died") from None
+
+
 def close_players(own, pipes, processes):
     own.group.close()
     for pipe in pipes:
         pipe.close()
     for process in processes:
+        process.join(timeout=1)  # it closes its envs, unless it is still playing
+        process.kill()
         process.join()
 
 
 def serve(ours, theirs, worker, *own):
-    """A worker: plays what its pipe asks for until that closes, also by the death of who asks."""
+    """A worker: plays what its pipe asks for until that closes, or the process that asks is killed."""
     ours.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # the main process gets them too, and closes us
         signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: what comes when our parent dies
     # Else the kernel wakes a worker on the sender's core. Other runs begin at another core.
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[(os.getppid() + worker) % len(cores)]})
@@ -154,8 +171,10 @@ def serve(ours, theirs, worker, *own):
             try:
                 player = player or Player(*own)
                 answer = player.play(*asked)
-            except Exception:
-                answer = RuntimeError(f"in a process of evaluation:\n{traceback.format_exc()}")
+            except (OSError, ValueError, MemoryError) as error:  # the env's own: one line says it
+                answer = error
+            except Exception as error:
+                answer = RuntimeError(f"{error!r} in a process of evaluation:\n{traceback.format_exc()}")
             theirs.send(answer)
     except (EOFError, ConnectionError):
         if player:

@@ -35,15 +35,15 @@ class MetaPolicy(nn.Module):
     """Policy, twin Q, targets and temperature with their optimizers."""
 
     def __init__(self, obs_dim, act_dim, token_dim=None, widths=(400, 400), z_dim=5, gamma=0.99,
-                 tau=0.005, lr=3e-4, alpha=None, target_entropy=None, layer_norm=False):
+                 tau=0.005, lr=3e-4, alpha=None, target_entropy=None, layer_norm=False, bf16=False):
         """alpha: a fixed temperature (1.0 is the paper's literal objective); None tunes it from 0.1.
         layer_norm: in Q, which without it runs away upwards (README, deviations)."""
         super().__init__()
         O, A = obs_dim, act_dim
         token_dim = O + A + 1 if token_dim is None else token_dim
         self.obs_dim, self.act_dim, self.gamma, self.tau = O, A, gamma, tau
-        self.actor = HistoryNet(1, token_dim, O, 2 * A, widths, z_dim)
-        self.qf = HistoryNet(2, token_dim, O + A, 1, widths, z_dim, layer_norm)
+        self.actor = HistoryNet(1, token_dim, O, 2 * A, widths, z_dim, bf16=bf16)
+        self.qf = HistoryNet(2, token_dim, O + A, 1, widths, z_dim, layer_norm, bf16)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
         # The nets see tokens and observations standardised by the meta-model's statistics of D_env.
         self.register_buffer("token_mean", torch.zeros(O + A + 1))
@@ -167,6 +167,7 @@ class GraphedUpdate:
 
     def __init__(self, policy):
         self.policy, self.inputs, self.graph = policy, None, None
+        self.capturable(False)  # as a checkpoint of a recorded update has it: PyTorch would warn
         self.first = 3  # updates before the recording: they compile, and set up the optimizers
 
     def run(self):
@@ -197,11 +198,14 @@ class GraphedUpdate:
         here.wait_stream(aside)
         return losses
 
-    def record(self):
-        """Nothing is computed meanwhile; the first replay does."""
+    def capturable(self, on):
         for optimizer in (self.policy.q_optimizer, self.policy.actor_optimizer):
             for group in optimizer.param_groups:
-                group["capturable"] = True
+                group["capturable"] = on
+
+    def record(self):
+        """Nothing is computed meanwhile; the first replay does."""
+        self.capturable(True)
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -209,5 +213,6 @@ class GraphedUpdate:
             self.graph = graph
         except RuntimeError as error:
             self.graph = False
+            self.capturable(False)
             self.policy.qf.requires_grad_(True)  # if update was left where it is False
             print(f"CUDA graph   off: {' '.join(str(error).split())[:120]}", flush=True)

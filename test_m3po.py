@@ -15,6 +15,7 @@ import importlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -34,6 +35,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from gymnasium.spaces import Box, Dict, Discrete, Tuple
 from gymnasium.utils.env_checker import check_env
@@ -2071,6 +2073,54 @@ def test_layer_norm_scales_each_hidden_row_and_only_in_q():
     assert (policy.qf.layer_norm, policy.qf_target.layer_norm, policy.actor.layer_norm) == (True, True, False)
 
 
+def test_bf16_rounds_what_enters_and_leaves_the_hidden_matmuls_and_nothing_else():
+    torch.manual_seed(0)
+    net = HistoryNet(2, 4, 3, 1, (64, 64), bf16=True)
+    tokens, mask, x = torch.randn(3, 6, 4), torch.ones(3, 6, dtype=torch.bool), torch.randn(2, 6, 3)
+    rounded = lambda t: t.bfloat16().float()
+    v = torch.cat([net.encode(tokens, mask), x], -1)
+    for w, b in zip(net.w[:-1], net.b[:-1]):
+        v = rounded(rounded(v) @ rounded(w)) + b  # summed in float32
+        v = v * torch.sigmoid(v)
+    out = net(tokens, mask, x)
+    assert torch.allclose(out, v @ net.w[-1] + net.b[-1], atol=2e-5)
+    net.bf16 = False
+    assert out.dtype == torch.float32 and 1e-5 < (out - net(tokens, mask, x)).abs().max() < 3e-2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_update_in_bf16_is_the_update_but_for_its_rounding(compiled):
+    if compiled and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler")
+    policy, _, noise = core_update_case()
+    batch = core_random_batch(2, 2, L=1, B=32)
+    half = copy.deepcopy(policy)
+    for net in (half.actor, half.qf, half.qf_target):
+        net.bf16 = True
+    if compiled:
+        half.compile_methods()
+    start = copy.deepcopy(policy)
+    found, exact = half.update(batch, noise), policy.update(batch, noise)
+    assert torch.allclose(found, exact, rtol=0.02, atol=0.02) and not torch.equal(found, exact)
+    for net in ("actor", "qf"):
+        grads = [torch.cat([p.grad.flatten() for p in getattr(one, net).parameters()])
+                 for one in (policy, half)]
+        assert 0.999 < F.cosine_similarity(*grads, 0) and not torch.equal(*grads)
+        moved = [torch.cat([(p - p0).flatten() for p, p0 in zip(getattr(one, net).parameters(),
+                                                                 getattr(start, net).parameters())])
+                 for one in (policy, half)]
+        assert F.cosine_similarity(*moved, 0) > 0.9  # Adam's first steps have one size
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+
+
+def test_the_flag_makes_policy_and_q_bf16_and_not_the_model():
+    for flags, on in ([], False), (["--bf16"], True):
+        args, env, _ = m3po.parse_args(flags)
+        policy, model = m3po.build(args, env, "cpu")
+        nets = policy.actor, policy.qf, policy.qf_target
+        assert [net.bf16 for net in nets] == [on] * 3 and not model.net.bf16
+
+
 def test_the_toy_alone_has_no_layer_norm():
     on = {env: m3po.parse_args(["--env", env])[0].layer_norm for env in ("point-fwd-bwd", "ant-fwd-bwd")}
     assert on == {"point-fwd-bwd": False, "ant-fwd-bwd": True}
@@ -2376,9 +2426,10 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
     assert run_rows(run(tmp_path / "c", "--seed", 1)) != run_rows(tmp_path / "a")
 
 
-def test_evaluation_and_diagnostics_do_not_disturb_training(tmp_path):
-    a = run(tmp_path / "a", "--diagnose-every", 1)
-    b = run(tmp_path / "b", "--eval-episodes", 0)
+@pytest.mark.parametrize("env", ["point-fwd-bwd", "ant-fwd-bwd"])
+def test_evaluation_and_diagnostics_do_not_disturb_training(env, tmp_path):
+    a = run(tmp_path / "a", "--env", env, "--diagnose-every", 1, "--eval-episodes", 4)
+    b = run(tmp_path / "b", "--env", env, "--eval-episodes", 0)
     weights = [checkpoint.read(folder / "agent.pt", "agent") for folder in (a, b)]
     assert run_differences(weights[0]["policy"], weights[1]["policy"]) == []
     assert run_differences(weights[0]["model"], weights[1]["model"]) == []
@@ -3995,6 +4046,7 @@ def test_an_evaluation_in_processes_is_the_same_and_restores_the_threads():
         with pytest.raises(ValueError, match="at least one array"):
             several[1].evaluate(policy, [])  # seeds for none
         assert torch.get_num_threads() == 2
+        assert not several[1].processes[0].is_alive()  # no late answer to take for the next one's
     finally:
         torch.set_num_threads(threads)
         for some in several:
@@ -4026,6 +4078,34 @@ def test_a_worker_that_dies_is_one_line_and_one_that_is_told_to_stop_goes_on():
     some.close()
 
 
+def test_an_error_that_is_one_line_here_is_one_line_from_a_worker():
+    class Refuses(WorkerEnv):
+        def step(self, action):
+            raise envs.EnvError("no such leg") if self.seed == 15 else KeyError("and no place")
+
+    some = players(16, 2, make_env=Refuses)
+    with pytest.raises(KeyError):  # its own first
+        some.evaluate(WorkerPolicy(), list(range(16)))
+    some = players(2 * 8, 2, make_env=lambda: Refuses() if multiprocessing.parent_process() else WorkerEnv())
+    with pytest.raises(envs.EnvError, match="^no such leg$"):
+        some.evaluate(WorkerPolicy(), [20] * 8 + [15] * 8)
+    some.close()
+
+
+def test_an_error_here_does_not_wait_for_workers_that_still_play():
+    class Slow(WorkerEnv):
+        def step(self, action):
+            if multiprocessing.parent_process():
+                time.sleep(60)
+            raise ConnectionError("the robot is gone")
+
+    some = players(4, 2, make_env=Slow)
+    start = time.time()
+    with pytest.raises(ConnectionError, match="the robot is gone"):
+        some.evaluate(WorkerPolicy(), [0, 1, 2, 3])
+    assert time.time() - start < 10 and not some.processes[0].is_alive()
+
+
 def test_no_process_for_less_than_two_episodes_nor_for_none():
     assert players(3, 4).workers == 1
     assert players(4, 4).workers == 2
@@ -4037,7 +4117,7 @@ import time
 import evaluation, test_m3po
 class Slow(test_m3po.WorkerEnv):
     def step(self, action):
-        time.sleep(0.2)
+        time.sleep(60 if WHEN == "playing" else 0.2)
         return super().step(action)
 some = evaluation.Players(Slow, test_m3po.WorkerPolicy, 24, 3, 2)
 print(*(process.pid for process in some.processes), flush=True)
@@ -4064,6 +4144,19 @@ def test_workers_end_with_the_main_process_and_without_a_word(when):
     while not all(map(gone, pids)):
         assert time.time() < deadline, "a worker outlived its main process"
         time.sleep(0.05)
+
+
+def test_an_env_that_cannot_be_made_twice_ends_the_run(tmp_path):
+    code = ("import evaluation, test_m3po\n"
+            "made = []\n"
+            "def make():\n"
+            "    made.append(0)\n"
+            "    if len(made) == 2: raise SystemExit('only one robot here')\n"
+            "    return test_m3po.WorkerEnv()\n"
+            "evaluation.Players(make, test_m3po.WorkerPolicy, 16, 4, 2)\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(m3po.__file__).parent, timeout=60,
+                          capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "only one robot here\n")
 
 
 def test_the_floor_is_the_matrix_products_of_an_update():
