@@ -4,7 +4,7 @@
     python bench.py --env ant-fwd-bwd --threads 1
 
 The floor of a policy update, a model rollout or a model fit is the matrix products it needs,
-forward and backward, in float32, into memory that is there, and nothing else. (The GRU's products with h
+forward and backward, into memory that is already there, and nothing else. (The GRU's products with h
 count as such; model.py does them as sums.) The floor of an env step and of an evaluation is `mj_step`
 alone, with the forces of the same episodes, one env after the other. All jobs of a table run in
 turns, so that whatever else the machine does meets them alike; times are medians.
@@ -25,7 +25,6 @@ from tqdm import tqdm
 import envs
 import m3po
 from evaluation import Group, evaluate
-from model import HistoryNet
 from policy import GraphedUpdate
 from rollouts import EnvBuffer, ModelBuffer
 
@@ -124,11 +123,8 @@ def bench_nets(args, flags, env, device):
     def policies():
         made = {"eager": copy.deepcopy(policy)}
         if m3po.compiler_works(device):
-            made |= {"compiled": copy.deepcopy(policy), "compiled, --bf16": copy.deepcopy(policy)}
-            for net in (n for n in made["compiled, --bf16"].modules() if isinstance(n, HistoryNet)):
-                net.bf16 = True
-            for name in list(made)[1:]:
-                made[name].compile_methods()
+            made["compiled"] = copy.deepcopy(policy)
+            made["compiled"].compile_methods()
         return made
 
     modes = policies()

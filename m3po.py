@@ -184,10 +184,6 @@ def build_parser():
     g.add_argument("--layer-norm", action=argparse.BooleanOptionalAction,
                    help="normalise Q's hidden layers (yes; toy no)")
 
-    g.add_argument("--bf16", action="store_true",
-                   help="hidden layers of policy and Q multiply in bfloat16: a quarter less time on a CPU"
-                        " that has avx512_bf16 or AMX, much more on one that has not")
-
     g = p.add_argument_group("the paper's variants")
     g.add_argument("--rollout", choices=("branched", "full"), default="branched",
                    help="full: M model episodes from initial histories to the horizon, one model step"
@@ -425,8 +421,7 @@ def build(args, env, device):
     token_dim = 0 if args.L == 0 else O + A if args.no_token_reward else O + A + 1
     widths = (args.width,) * 2
     policy = MetaPolicy(O, A, token_dim, widths, args.z_dim, args.gamma, args.tau, args.lr, args.alpha,
-                        target_entropy=args.target_entropy, layer_norm=args.layer_norm,
-                        bf16=args.bf16).to(device)
+                        target_entropy=args.target_entropy, layer_norm=args.layer_norm).to(device)
     shape = dict(members=args.B, widths=widths, z_dim=args.z_dim, token_dim=token_dim)
     if args.model == "mlp":  # M2PO: MBPO's ensemble
         shape = dict(members=7, elites=5, widths=(200,) * 4, token_dim=0)
@@ -529,8 +524,7 @@ def make_players(args, env):
     """Evaluation's envs, in as many processes as torch has threads. The toy's episodes are over in
     less time than that saves."""
     workers = 1 if args.env == "point-fwd-bwd" else torch.get_num_threads()
-    exact = argparse.Namespace(**vars(args) | {"bf16": False})  # batches too small to gain from it
-    return Players(lambda: make_env(args), lambda: build(exact, env, "cpu")[0], args.eval_episodes,
+    return Players(lambda: make_env(args), lambda: build(args, env, "cpu")[0], args.eval_episodes,
                    workers, args.L)
 
 

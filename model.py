@@ -23,15 +23,14 @@ class HistoryNet(nn.Module):
     forward(tokens [T, B, D] or [E, T, B, D], mask [T, B] or [E, T, B], x [B, I] or [E, B, I])
     -> [E, B, out]. Only the first token_dim entries of a token are read, so that O + A hides the
     reward; 0 makes the net blind: no GRU, the plain MLP of MBPO and SAC. layer_norm scales each
-    hidden layer to mean 0 and variance 1 per row before its SiLU. bf16 rounds what enters and leaves
-    the hidden layers' matmuls to bfloat16, forward and backward; all else, the weights too, is float32.
+    hidden layer to mean 0 and variance 1 per row before its SiLU.
     `member` selects members: an index tensor, or all of them.
     """
 
     def __init__(self, members, token_dim, in_dim, out_dim, widths=(400, 400), z_dim=5,
-                 layer_norm=False, bf16=False):
+                 layer_norm=False):
         super().__init__()
-        self.layer_norm, self.bf16 = layer_norm, bf16
+        self.layer_norm = layer_norm
         self.token_dim, self.z_dim = token_dim, z_dim if token_dim else 0
         uniform = lambda *shape, fan: nn.Parameter(torch.empty(shape).uniform_(-1, 1) / fan**0.5)
         if token_dim:
@@ -84,10 +83,7 @@ class HistoryNet(nn.Module):
         if self.token_dim:
             x = torch.cat([self.encode(tokens, mask, member), x], -1)  # [E, B, H + I]
         for w_i, b_i in zip(w[:-1], b[:-1]):
-            if self.bf16:
-                x = torch.bmm(x.bfloat16(), w_i.bfloat16()).float() + b_i
-            else:
-                x = torch.baddbmm(b_i, x, w_i)  # [E, B, width]
+            x = torch.baddbmm(b_i, x, w_i)  # [E, B, width]
             x = F.silu(F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x)
         return torch.baddbmm(b[-1], x, w[-1])  # [E, B, out]
 

@@ -35,15 +35,15 @@ class MetaPolicy(nn.Module):
     """Policy, twin Q, targets and temperature with their optimizers."""
 
     def __init__(self, obs_dim, act_dim, token_dim=None, widths=(400, 400), z_dim=5, gamma=0.99,
-                 tau=0.005, lr=3e-4, alpha=None, target_entropy=None, layer_norm=False, bf16=False):
+                 tau=0.005, lr=3e-4, alpha=None, target_entropy=None, layer_norm=False):
         """alpha: a fixed temperature (1.0 is the paper's literal objective); None tunes it from 0.1.
         layer_norm: in Q, which without it runs away upwards (README, deviations)."""
         super().__init__()
         O, A = obs_dim, act_dim
         token_dim = O + A + 1 if token_dim is None else token_dim
         self.obs_dim, self.act_dim, self.gamma, self.tau = O, A, gamma, tau
-        self.actor = HistoryNet(1, token_dim, O, 2 * A, widths, z_dim, bf16=bf16)
-        self.qf = HistoryNet(2, token_dim, O + A, 1, widths, z_dim, layer_norm, bf16)
+        self.actor = HistoryNet(1, token_dim, O, 2 * A, widths, z_dim)
+        self.qf = HistoryNet(2, token_dim, O + A, 1, widths, z_dim, layer_norm)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
         # The nets see tokens and observations standardised by the meta-model's statistics of D_env.
         self.register_buffer("token_mean", torch.zeros(O + A + 1))

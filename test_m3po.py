@@ -35,7 +35,6 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from gymnasium.spaces import Box, Dict, Discrete, Tuple
 from gymnasium.utils.env_checker import check_env
@@ -2073,54 +2072,6 @@ def test_layer_norm_scales_each_hidden_row_and_only_in_q():
     assert (policy.qf.layer_norm, policy.qf_target.layer_norm, policy.actor.layer_norm) == (True, True, False)
 
 
-def test_bf16_rounds_what_enters_and_leaves_the_hidden_matmuls_and_nothing_else():
-    torch.manual_seed(0)
-    net = HistoryNet(2, 4, 3, 1, (64, 64), bf16=True)
-    tokens, mask, x = torch.randn(3, 6, 4), torch.ones(3, 6, dtype=torch.bool), torch.randn(2, 6, 3)
-    rounded = lambda t: t.bfloat16().float()
-    v = torch.cat([net.encode(tokens, mask), x], -1)
-    for w, b in zip(net.w[:-1], net.b[:-1]):
-        v = rounded(rounded(v) @ rounded(w)) + b  # summed in float32
-        v = v * torch.sigmoid(v)
-    out = net(tokens, mask, x)
-    assert torch.allclose(out, v @ net.w[-1] + net.b[-1], atol=2e-5)
-    net.bf16 = False
-    assert out.dtype == torch.float32 and 1e-5 < (out - net(tokens, mask, x)).abs().max() < 3e-2
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_an_update_in_bf16_is_the_update_but_for_its_rounding(compiled):
-    if compiled and not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("no C++ compiler")
-    policy, _, noise = core_update_case()
-    batch = core_random_batch(2, 2, L=1, B=32)
-    half = copy.deepcopy(policy)
-    for net in (half.actor, half.qf, half.qf_target):
-        net.bf16 = True
-    if compiled:
-        half.compile_methods()
-    start = copy.deepcopy(policy)
-    found, exact = half.update(batch, noise), policy.update(batch, noise)
-    assert torch.allclose(found, exact, rtol=0.02, atol=0.02) and not torch.equal(found, exact)
-    for net in ("actor", "qf"):
-        grads = [torch.cat([p.grad.flatten() for p in getattr(one, net).parameters()])
-                 for one in (policy, half)]
-        assert 0.999 < F.cosine_similarity(*grads, 0) and not torch.equal(*grads)
-        moved = [torch.cat([(p - p0).flatten() for p, p0 in zip(getattr(one, net).parameters(),
-                                                                 getattr(start, net).parameters())])
-                 for one in (policy, half)]
-        assert F.cosine_similarity(*moved, 0) > 0.9  # Adam's first steps have one size
-    assert {p.dtype for p in half.parameters()} == {torch.float32}
-
-
-def test_the_flag_makes_policy_and_q_bf16_and_not_the_model():
-    for flags, on in ([], False), (["--bf16"], True):
-        args, env, _ = m3po.parse_args(flags)
-        policy, model = m3po.build(args, env, "cpu")
-        nets = policy.actor, policy.qf, policy.qf_target
-        assert [net.bf16 for net in nets] == [on] * 3 and not model.net.bf16
-
-
 def test_the_toy_alone_has_no_layer_norm():
     on = {env: m3po.parse_args(["--env", env])[0].layer_norm for env in ("point-fwd-bwd", "ant-fwd-bwd")}
     assert on == {"point-fwd-bwd": False, "ant-fwd-bwd": True}
@@ -2597,6 +2548,21 @@ def test_an_env_that_changes_the_arrays_it_returned_is_recorded_right(tmp_path, 
     D_env = checkpoint.read(tmp_path / "a/checkpoint.pt", "run")["D_env"]
     t = torch.arange(120) % 6
     assert torch.equal(D_env["tokens"][:, 0], t.float()) and torch.equal(D_env["next_obs"][:, 0], t + 1.0)
+
+
+@pytest.mark.parametrize("error, says", [
+    (RuntimeError("CUDA out of memory. Tried\nto allocate"), "CUDA out of memory. Tried"),
+    (MemoryError("Unable to allocate 3 TiB"), "Unable to allocate 3 TiB"), (MemoryError(), "out of memory"),
+    (RuntimeError("a bug\nin memory.py"), None)])
+def test_too_little_memory_is_one_line_and_a_bug_is_not(error, says, monkeypatch):
+    def main(*_):
+        raise error
+
+    monkeypatch.setattr(m3po, "main", main)
+    monkeypatch.setattr(m3po, "parse_args", lambda: (None,) * 3)
+    with pytest.raises(SystemExit if says else RuntimeError) as raised:
+        m3po.command_line()
+    assert not says or raised.value.code == f"m3po.py: error: {says}; see --M, --retain, --env-capacity"
 
 
 def test_faults_in_evaluation_are_counted(run_env, tmp_path):
