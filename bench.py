@@ -116,7 +116,7 @@ def bench_nets(args, flags, env, device):
         for batch, n in zip(m3po.sample_batches(D_model, D_env, 1.0, G, B), noise):
             update(batch, n)
 
-    def rollouts(policy):
+    def rollouts(policy, model):
         for _ in range(10):
             D_model.rollout(policy, model)
 
@@ -140,7 +140,9 @@ def bench_nets(args, flags, env, device):
     members = -(-M // model.elites)
     step = products(policy.actor, M, L) + products(model.net, members, L)
     jobs = {"floor: its matrix products": lambda: [multiply(step) for _ in range(10 * flags.k)]}
-    jobs |= {name: lambda p=p: rollouts(p) for name, p in modes.items()}
+    models = {"eager": model, "compiled": copy.deepcopy(model)}
+    models["compiled"].compile_methods()
+    jobs |= {name: lambda name=name: rollouts(modes[name], models[name]) for name in modes}
     show(f"model rollouts, M {M}, k {flags.k}", medians(jobs, args.repeats, device),
          "imagined step", 10 * M * flags.k)
 

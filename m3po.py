@@ -560,6 +560,7 @@ def main(args, env, state=None):
             update = GraphedUpdate(policy)
         if compiler_works(device):
             policy.compile_methods()
+            model.compile_methods()
         else:
             print("compile      off: torch.compile found no working compiler (CPU: g++, GPU: Triton); "
                   "running eager")

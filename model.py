@@ -165,13 +165,22 @@ class MetaModel(nn.Module):
         B, E = len(obs), self.elites
         seats = torch.randperm(-(-B // E) * E, device=obs.device)  # seat -> row
         rows = seats.clamp(max=B - 1).view(E, -1)  # the last row fills the spare seats
-        tokens, x = self.standardise(tokens), self.standardise_step(obs, actions)
-        mean, logvar = self.predict(tokens[:, rows].transpose(0, 1), mask[:, rows].transpose(0, 1),
-                                    x[rows],  # [E, L, B / E, D], [E, L, B / E], [E, B / E, O + A]
-                                    self.chosen())
+        mean, logvar = self.predict_dealt(tokens, mask, obs, actions, rows)
         y = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         y = y.flatten(0, 1)[torch.argsort(seats)[:B]] * self.target_std + self.target_mean
         return y[:, 0], obs + y[:, 1:]
+
+    def predict_dealt(self, tokens, mask, obs, actions, rows):
+        """Mean and log-variance [E, B / E, O + 1] by each member for its own rows [E, B / E]."""
+        tokens, x = self.standardise(tokens), self.standardise_step(obs, actions)
+        return self.predict(tokens[:, rows].transpose(0, 1), mask[:, rows].transpose(0, 1),
+                            x[rows],  # [E, L, B / E, D], [E, L, B / E], [E, B / E, O + A]
+                            self.chosen())
+
+    def compile_methods(self):
+        """What a rollout asks, always of M rows. Fits have batches of many sizes, each of which would
+        be compiled anew."""
+        self.predict_dealt = torch.compile(self.predict_dealt, dynamic=False)
 
     def loss(self, tokens, mask, x, y):
         """beta-NLL of standardised targets y [E, B, O + 1] (Seitzer et al. 2022): each term times

@@ -57,7 +57,7 @@ class MetaPolicy(nn.Module):
 
     def compile_methods(self):
         """Fuse the many small kernels around the matrix products: the same equations, compiled once
-        for each batch size. The model's passes are few beside these, and larger: not worth the wait."""
+        for each batch size."""
         for name in ("critic_loss", "actor_loss", "distribution"):
             setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
 

@@ -2086,6 +2086,14 @@ def test_what_is_compiled_equals_the_eager_original():
     compiled.compile_methods()
     history = batch.tokens[:-1], batch.mask[:-1], batch.next_obs
     assert torch.allclose(policy.act(*history, True), compiled.act(*history, True), atol=1e-6)
+    model = MetaModel(2, 2, widths=(8, 8))
+    imagines = copy.deepcopy(model)
+    imagines.compile_methods()
+    steps = []
+    for m in (model, imagines):
+        torch.manual_seed(3)  # the draws are outside of what is compiled
+        steps.append(torch.cat([x.flatten() for x in m.sample(*history, policy.act(*history, True))]))
+    assert torch.allclose(*steps, atol=1e-5)
     for _ in range(2):
         assert torch.allclose(policy.update(batch, noise), compiled.update(batch, noise), rtol=1e-4)
     for a, b in zip(policy.parameters(), compiled.parameters()):
