@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from contextlib import contextmanager
 from multiprocessing.util import Finalize
@@ -148,8 +149,9 @@ def close_players(own, pipes, processes):
     own.group.close()
     for pipe in pipes:
         pipe.close()
+    deadline = time.monotonic() + 1  # for all together to close their envs; who still plays is killed
     for process in processes:
-        process.join(timeout=1)  # it closes its envs, unless it is still playing
+        process.join(max(0, deadline - time.monotonic()))
         process.kill()
         process.join()
 

@@ -206,8 +206,8 @@ def build_parser():
     g.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                    help="auto takes a GPU if there is one (auto)")
     g.add_argument("--compile", choices=("auto", "on", "off"), default="auto",
-                   help="torch.compile the policy's losses and actions: a minute or two first, then about a"
-                        " third faster; on a GPU also record an update as one CUDA graph; auto does so"
+                   help="torch.compile the policy's losses and actions and the model's answers to rollouts: a"
+                        " minute or two first, then about a third faster; on a GPU also record an update as one CUDA graph; auto does so"
                         " from 10,000 updates per epoch on (auto)")
     g.add_argument("--eval-episodes", type=natural, default=50, help="episodes per evaluation (50)")
     g.add_argument("--eval-every", type=count, default=1, help="epochs between evaluations (1)")
@@ -640,10 +640,10 @@ def command_line():
     except (FloatingPointError, checkpoint.CheckpointError, OSError, ValueError) as error:
         sys.exit(f"m3po.py: error: {error}")
     except (RuntimeError, MemoryError) as error:  # torch's own class for it exists on GPUs alone
-        first = str(error).splitlines()[0] if str(error) else "out of memory"
-        if "memory" not in first and not isinstance(error, MemoryError):
+        first = str(error).partition("\n")[0]
+        if isinstance(error, RuntimeError) and "memory" not in first:
             raise
-        sys.exit(f"m3po.py: error: {first}; see --M, --retain, --env-capacity")
+        sys.exit(f"m3po.py: error: {first or 'out of memory'}; see --M, --retain, --env-capacity")
     if number:
         print(f"stopped and saved; go on with: python m3po.py --resume {args.out}")
         sys.exit(128 + number)

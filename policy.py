@@ -167,7 +167,7 @@ class GraphedUpdate:
 
     def __init__(self, policy):
         self.policy, self.inputs, self.graph = policy, None, None
-        self.capturable(False)  # as a checkpoint of a recorded update has it: PyTorch would warn
+        self.capturable(False)  # true in a recorded run's checkpoint; PyTorch warns before a recording
         self.first = 3  # updates before the recording: they compile, and set up the optimizers
 
     def run(self):

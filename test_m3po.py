@@ -2561,7 +2561,7 @@ def test_an_env_that_changes_the_arrays_it_returned_is_recorded_right(tmp_path, 
 @pytest.mark.parametrize("error, says", [
     (RuntimeError("CUDA out of memory. Tried\nto allocate"), "CUDA out of memory. Tried"),
     (MemoryError("Unable to allocate 3 TiB"), "Unable to allocate 3 TiB"), (MemoryError(), "out of memory"),
-    (RuntimeError("a bug\nin memory.py"), None)])
+    (RuntimeError("a bug\nin memory.py"), None), (RuntimeError(), None)])
 def test_too_little_memory_is_one_line_and_a_bug_is_not(error, says, monkeypatch):
     def main(*_):
         raise error
@@ -2675,10 +2675,10 @@ def test_a_full_disk_leaves_the_checkpoint_before(where, tmp_path, monkeypatch):
 
 def test_a_checkpoint_has_the_same_names_compiled_and_eager(tmp_path):
     args, env, _ = run_parse(*TINY)
-    policy, _ = m3po.build(args, env, "cpu")
-    names = list(policy.state_dict())
-    policy.compile_methods()
-    assert list(policy.state_dict()) == names
+    for part in m3po.build(args, env, "cpu"):
+        names = list(part.state_dict())
+        part.compile_methods()
+        assert list(part.state_dict()) == names
 
 
 def test_a_loaded_agent_evaluates_exactly_as_the_live_one(tmp_path):
@@ -4007,9 +4007,9 @@ def test_each_process_plays_its_share_with_the_weights_of_now():
 
 
 def test_an_evaluation_in_processes_is_the_same_and_restores_the_threads():
-    policy, threads = MetaPolicy(27, 8, widths=(8, 8)), torch.get_num_threads()
-    make = lambda: envs.make("ant-fwd-bwd")
-    several = [players(16, workers, make, lambda: MetaPolicy(27, 8, widths=(8, 8))) for workers in (1, 2)]
+    policy, threads = MetaPolicy(17, 6, widths=(8, 8)), torch.get_num_threads()
+    make = lambda: envs.make("halfcheetah-fwd-bwd")
+    several = [players(16, workers, make, lambda: MetaPolicy(17, 6, widths=(8, 8))) for workers in (1, 2)]
     env_seeds = list(range(16))
     found = [evaluation.evaluate(policy, evaluation.Group([make() for _ in range(16)]), env_seeds, 3)]
     try:
@@ -4026,9 +4026,11 @@ def test_an_evaluation_in_processes_is_the_same_and_restores_the_threads():
         for some in several:
             some.close()
     for name, values in found[0].items():
-        assert np.array_equal(values, found[1][name], equal_nan=True), name  # one batch as well
-        early = slice(0, 30)  # a chaotic body makes more of the last bits later on
-        assert np.allclose(values[early], found[2][name][early], atol=1e-3, equal_nan=True), name
+        assert values.shape == (1000, 16)
+        assert np.array_equal(values, found[1][name]), name  # one batch as well
+        # In the end it lies still: rounding decides which way 1e-9 m/s is.
+        steps = slice(0, 30) if name == "right_way" else slice(None)
+        assert np.allclose(values[steps], found[2][name][steps], atol=1e-3), name
 
 
 def test_an_error_in_a_process_of_evaluation_reaches_the_main_process_with_its_place():
@@ -4067,17 +4069,18 @@ def test_an_error_that_is_one_line_here_is_one_line_from_a_worker():
 
 
 def test_an_error_here_does_not_wait_for_workers_that_still_play():
+    """A second for all of them, not for each."""
     class Slow(WorkerEnv):
         def step(self, action):
             if multiprocessing.parent_process():
                 time.sleep(60)
             raise ConnectionError("the robot is gone")
 
-    some = players(4, 2, make_env=Slow)
+    some = players(16, 8, make_env=Slow)
     start = time.time()
     with pytest.raises(ConnectionError, match="the robot is gone"):
-        some.evaluate(WorkerPolicy(), [0, 1, 2, 3])
-    assert time.time() - start < 10 and not some.processes[0].is_alive()
+        some.evaluate(WorkerPolicy(), list(range(16)))
+    assert time.time() - start < 5 and not any(process.is_alive() for process in some.processes)
 
 
 def test_no_process_for_less_than_two_episodes_nor_for_none():
@@ -4120,7 +4123,7 @@ def test_workers_end_with_the_main_process_and_without_a_word(when):
         time.sleep(0.05)
 
 
-def test_an_env_that_cannot_be_made_twice_ends_the_run(tmp_path):
+def test_an_env_that_cannot_be_made_twice_ends_the_run():
     code = ("import evaluation, test_m3po\n"
             "made = []\n"
             "def make():\n"
