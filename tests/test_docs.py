@@ -1,0 +1,70 @@
+"""The documents: a README of two pages, links that lead somewhere, examples that run, all columns."""
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TINY = ("--N 2 --E 40 --warmup 20 --fit-every 20 --M 4 --G 1 --width 8 --max-passes 1 "
+        "--eval-episodes 2 --diagnose-every 1").split()
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("docs") / "run"
+    subprocess.run([sys.executable, ROOT / "m3po.py", *TINY, "--out", folder], check=True,
+                   capture_output=True)
+    return folder
+
+
+def without_code(text):
+    return re.sub(r"```.*?```", "", text, flags=re.S)
+
+
+def anchors(path):
+    """What GitHub makes of the headings of a document: `## 1. A task` is #1-a-task."""
+    titles = re.findall(r"^#+ (.*)$", without_code(path.read_text()), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_readme_is_two_pages():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200 and len(text.split()) <= 2_000
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_to_a_file_and_a_heading(document):
+    links = re.findall(r"\]\(([^)]+)\)", without_code(document.read_text()))
+    for link in (link for link in links if "://" not in link):
+        name, _, anchor = link.partition("#")
+        target = document.parent / name if name else document
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("log", ["progress.csv", "eval.csv"])
+def test_logs_md_explains_exactly_the_columns_there_are(run_folder, log):
+    with open(run_folder / log, newline="") as f:
+        columns = next(csv.reader(f))
+    section = (ROOT / "docs" / "LOGS.md").read_text().split(f"\n## {log}\n")[1].split("\n## ")[0]
+    explained = []
+    for cell in re.findall(r"^\| (`.*?) \|", section, re.M):
+        first, *last = re.findall(r"`(\w+)`", cell)
+        if last:  # `nll_depth_1` ... `nll_depth_5`
+            (stem, low), (_, high) = (name.rsplit("_", 1) for name in (first, *last))
+            explained += [f"{stem}_{d}" for d in range(int(low), int(high) + 1)]
+        else:
+            explained.append(first)
+    assert sorted(explained) == sorted(columns)
+
+
+def test_the_examples_of_acting_run(run_folder):
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "USING.md").read_text(), re.S)
+    assert len(examples) == 2
+    for code in examples:
+        exec(code.replace("runs/DIR", str(run_folder)), {})
