@@ -1,0 +1,238 @@
+"""evaluation.py: episodes on all cores, and what is said about them."""
+
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import envs
+import evaluation
+import m3po
+from policy import MetaPolicy
+from tests.conftest import read_rows, run
+
+
+def test_faults_in_evaluation_are_counted(run_env, tmp_path):
+    rows = read_rows(run(tmp_path / "a", *run_env(terminate_at=None, truncate_at=9, fail_at=4)))
+    assert [row["eval_faults"] for row in rows] == ["2", "2"]  # one in each of two episodes
+
+
+def test_adaptation_is_the_reward_within_50_steps_after_a_real_switch():
+    T = 120
+    episodes = {"reward": np.ones((T, 1)), "steps_since_switch": np.arange(T, dtype=float)[:, None],
+                "switched": np.zeros((T, 1)), "right_way": np.ones((T, 1)),
+                "fault": np.zeros((T, 1))}
+    episodes["fault"][7] = 1
+    episodes["switched"][60], episodes["steps_since_switch"][60:] = 1, np.arange(60)[:, None]
+    episodes["reward"][60:110] = -2
+    episodes["right_way"][60:90] = 0
+    returns, lengths, found = evaluation.summarise(episodes, 0.5, early=50)
+    assert returns[0] == 70 - 100 and lengths[0] == T
+    assert found["eval_reward_after_switch"] == -2 and found["eval_reward_otherwise"] == 1
+    assert found["eval_right_way"] == 0.75 and found["eval_faults"] == 1
+    assert found["eval_discounted_return"] == pytest.approx(2.0)
+
+
+def test_an_episode_that_ended_is_not_counted_on():
+    episodes = {name: np.array([[1.0, 1.0], [1.0, math.nan]]) for name in
+                evaluation.FOUND}
+    returns, lengths, _ = evaluation.summarise(episodes, 0.9, early=50)
+    assert returns.tolist() == [2, 1] and lengths.tolist() == [2, 1]
+
+
+class WorkerEnv:
+    """r = a t for four steps, seeds 1 and 2 for one and two more; seed 13 breaks at its third."""
+
+    def reset(self, seed=None):
+        self.seed, self.t = seed, 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        if self.seed == 13 and self.t == 3:
+            raise KeyError("the simulator broke")
+        info = {"right_way": bool(action[0] > 0), "steps_since_switch": os.getpid()}
+        ends = 4 + (self.seed if self.seed in (1, 2) else 0)
+        return np.zeros(1, np.float32), action[0] * self.t, False, self.t == ends, info
+
+    def close(self):
+        pass
+
+
+class WorkerPolicy(torch.nn.Module):
+    """a = its weight; it notes nothing of the history."""
+
+    act_dim = 1
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def act(self, tokens, mask, obs, deterministic):
+        return self.weight.detach().expand(len(obs), 1)
+
+
+def players(n, workers, make_env=WorkerEnv, make_policy=WorkerPolicy, L=3):
+    return evaluation.Players(make_env, make_policy, n, workers, L)
+
+
+def test_each_process_plays_its_share_with_the_weights_of_now():
+    some, policy = players(16, 3), WorkerPolicy()
+    assert some.workers == 3 and len(some.processes) == 2
+    env_seeds = [*range(13), 14, 15, 16]
+    for weight in (2.0, -3.0):
+        torch.nn.init.constant_(policy.weight, weight)
+        found = some.evaluate(policy, env_seeds)
+        t = np.arange(1, 5)[:, None]
+        assert np.array_equal(found["reward"][:4, 3:], weight * t.repeat(13, 1))
+        assert found["reward"].shape == (6, 16) and (
+            np.isfinite(found["reward"]).sum(0).tolist() == [4, 5, 6] + [4] * 13)
+        assert np.nansum(found["right_way"]) == (weight > 0) * (4 + 5 + 6 + 13 * 4)
+    pids = found["steps_since_switch"][0]
+    assert set(pids[:6]) == {os.getpid()}
+    assert [set(pids[6:11]), set(pids[11:])] == [{process.pid} for process in some.processes]
+    some.close()
+    assert not any(process.is_alive() for process in some.processes)
+
+
+def test_an_evaluation_in_processes_is_the_same_and_restores_the_threads():
+    policy, threads = MetaPolicy(17, 6, widths=(8, 8)), torch.get_num_threads()
+    make = lambda: envs.make("halfcheetah-fwd-bwd")
+    several = [players(16, workers, make, lambda: MetaPolicy(17, 6, widths=(8, 8)))
+               for workers in (1, 2)]
+    env_seeds = list(range(16))
+    found = [
+        evaluation.evaluate(policy, evaluation.Group([make() for _ in range(16)]), env_seeds, 3)]
+    try:
+        torch.set_num_threads(2)
+        for some in several:
+            found.append(some.evaluate(policy, env_seeds))
+            assert torch.get_num_threads() == 2
+        with pytest.raises(ValueError, match="at least one array"):
+            several[1].evaluate(policy, [])  # seeds for none
+        assert torch.get_num_threads() == 2
+        assert not several[1].processes[0].is_alive()  # no late answer to take for the next one's
+    finally:
+        torch.set_num_threads(threads)
+        for some in several:
+            some.close()
+    for name, values in found[0].items():
+        assert values.shape == (1000, 16)
+        assert np.array_equal(values, found[1][name]), name  # one batch as well
+        # In the end it lies still: rounding decides which way 1e-9 m/s is.
+        steps = slice(0, 30) if name == "right_way" else slice(None)
+        assert np.allclose(values[steps], found[2][name][steps], atol=1e-3), name
+
+
+def test_an_error_in_a_process_of_evaluation_reaches_the_main_process_with_its_place():
+    some = players(16, 2)
+    with pytest.raises(RuntimeError, match='raise KeyError."the simulator broke".'):
+        some.evaluate(WorkerPolicy(), list(range(16)))
+    some.close()
+
+
+def test_a_worker_that_dies_is_one_line_and_one_that_is_told_to_stop_goes_on():
+    some, env_seeds = players(16, 2), list(range(20, 36))
+    some.evaluate(WorkerPolicy(), env_seeds)
+    for process in some.processes:  # `timeout` and batch systems signal every process of a run
+        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGINT)
+    some.evaluate(WorkerPolicy(), env_seeds)
+    some.processes[0].kill()
+    some.processes[0].join()
+    with pytest.raises(OSError, match="evaluation's episodes died"):
+        some.evaluate(WorkerPolicy(), env_seeds)
+    some.close()
+
+
+def test_an_error_that_is_one_line_here_is_one_line_from_a_worker():
+    class Refuses(WorkerEnv):
+        def step(self, action):
+            raise envs.EnvError("no such leg") if self.seed == 15 else KeyError("and no place")
+
+    some = players(16, 2, make_env=Refuses)
+    with pytest.raises(KeyError):  # its own first
+        some.evaluate(WorkerPolicy(), list(range(16)))
+    some = players(2 * 8, 2, make_env=lambda: (
+        Refuses() if multiprocessing.parent_process() else WorkerEnv()))
+    with pytest.raises(envs.EnvError, match="^no such leg$"):
+        some.evaluate(WorkerPolicy(), [20] * 8 + [15] * 8)
+    some.close()
+
+
+def test_an_error_here_does_not_wait_for_workers_that_still_play():
+    """A second for all of them, not for each."""
+    class Slow(WorkerEnv):
+        def step(self, action):
+            if multiprocessing.parent_process():
+                time.sleep(60)
+            raise ConnectionError("the robot is gone")
+
+    some = players(16, 8, make_env=Slow)
+    start = time.time()
+    with pytest.raises(ConnectionError, match="the robot is gone"):
+        some.evaluate(WorkerPolicy(), list(range(16)))
+    assert time.time() - start < 5 and not any(process.is_alive() for process in some.processes)
+
+
+def test_no_process_for_less_than_two_episodes_nor_for_none():
+    assert players(3, 4).workers == 1
+    assert players(4, 4).workers == 2
+    assert players(0, 4).own.group.envs == []
+
+
+WORKERS_LEFT = """
+import time
+import evaluation
+from tests import test_evaluation
+class Slow(test_evaluation.WorkerEnv):
+    def step(self, action):
+        time.sleep(60 if WHEN == "playing" else 0.2)
+        return super().step(action)
+some = evaluation.Players(Slow, test_evaluation.WorkerPolicy, 24, 3, 2)
+print(*(process.pid for process in some.processes), flush=True)
+if WHEN == "playing":
+    some.evaluate(test_evaluation.WorkerPolicy(), list(range(20, 44)))
+time.sleep(0 if WHEN == "ended" else 60)
+"""
+
+
+@pytest.mark.parametrize("when", ["idle", "playing", "ended"])
+def test_workers_end_with_the_main_process_and_without_a_word(when):
+    code = WORKERS_LEFT.replace("WHEN", repr(when))
+    main = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.PIPE, cwd=Path(m3po.__file__).parent)
+    pids = [int(pid) for pid in main.stdout.readline().split()]
+    assert len(pids) == 2
+    if when != "ended":
+        time.sleep(0.3)
+        main.kill()
+    assert main.communicate(timeout=20)[1] == ""  # the workers hold its stderr until they end
+    gone = lambda pid: (not Path(f"/proc/{pid}").exists()
+                        or ") Z" in Path(f"/proc/{pid}/stat").read_text())
+    deadline = time.time() + 10  # a process closes its files a moment before it is gone
+    while not all(map(gone, pids)):
+        assert time.time() < deadline, "a worker outlived its main process"
+        time.sleep(0.05)
+
+
+def test_an_env_that_cannot_be_made_twice_ends_the_run():
+    code = ("import evaluation\n"
+            "from tests import test_evaluation\n"
+            "made = []\n"
+            "def make():\n"
+            "    made.append(0)\n"
+            "    if len(made) == 2: raise SystemExit('only one robot here')\n"
+            "    return test_evaluation.WorkerEnv()\n"
+            "evaluation.Players(make, test_evaluation.WorkerPolicy, 16, 4, 2)\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(m3po.__file__).parent, timeout=60,
+                          capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "only one robot here\n")

@@ -1,0 +1,192 @@
+"""figures.py: curves, tables and pictures of runs."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+import figures
+import m3po
+from tests.conftest import error_line, read_image
+
+
+def fake_run(folder, returns=(1.0, 3.0), seed=0, steps=None, **flags):
+    """A run folder with a hand-written learning curve, 1,000 env steps between evaluations."""
+    folder.mkdir()
+    args = vars(m3po.parse_args(["--seed", str(seed), "--out", str(folder / "x")])[0])
+    (folder / "config.json").write_text(json.dumps({"flags": args | flags}))
+    with open(folder / "progress.csv", "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["epoch", "global_step", "eval_return_mean", "td_error", "seconds_fit"])
+        for i, value in enumerate(returns):
+            step = steps[i] if steps else 1_000 * (i + 1)
+            writer.writerow([i + 1, step, value, "" if i else 0.5, 30.0])
+    return folder
+
+
+def test_every_figure_from_a_tiny_run_has_its_size(trained_runs, tmp_path, capsys):
+    sizes = {"curves": (780, 630), "adaptation": (1050, 630), "theory": (1560, 1170)}
+    for name, size in sizes.items():
+        path = tmp_path / f"{name}.png"
+        figures.main([name, trained_runs["toy"], "--out", str(path)])
+        read_image(path, size)
+        printed = capsys.readouterr().out
+        assert "IQM of last" in printed and "wall time" in printed and "point-fwd-bwd" in printed
+    both = tmp_path / "both.png"
+    figures.main(["curves", trained_runs["toy"], trained_runs["cheetah"], "--out", str(both)])
+    read_image(both, (1560, 630))
+
+
+def test_the_gallery_shows_seven_environments(needs_opengl, tmp_path):
+    figures.main(["envs", "--out", str(tmp_path / "e.png")])
+    read_image(tmp_path / "e.png", (1800, 810))
+
+
+def test_the_interquartile_mean_of_known_values():
+    assert figures.interquartile_mean([100, 1, 2, -50]) == 1.5
+    assert figures.interquartile_mean(range(9)) == 4  # two go at either end
+    assert figures.interquartile_mean([7, 9, 100]) == pytest.approx(116 / 3)  # a quarter of 3 is 0
+    assert figures.interquartile_mean([5]) == 5
+    rows = np.array([[0, 1, 2, 90], [4, 4, 4, 4]])
+    assert figures.interquartile_mean(rows, axis=1).tolist() == [1.5, 4]
+
+
+def test_the_bootstrap_interval_of_known_values():
+    assert figures.bootstrap_interval([3, 3, 3]) == (3, 3)
+    assert figures.bootstrap_interval([0, 1]) == (0, 1)  # both ends are drawn a quarter of the time
+    assert np.isnan(figures.bootstrap_interval([1])).all()
+    values = np.random.default_rng(1).normal(10, 2, 400)
+    low, high = figures.bootstrap_interval(values)
+    half = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
+    narrow = figures.bootstrap_interval(values, level=0.5)
+    assert low < narrow[0] < narrow[1] < high
+    shifted = np.stack([values, values + 1], 1)
+    low, high = figures.bootstrap_interval(shifted, figures.interquartile_mean)
+    assert low.shape == (2,) and low[1] == pytest.approx(low[0] + 1) and (low < high).all()
+
+
+@pytest.mark.parametrize("flags, name", [
+    ({}, "M3PO"), ({"k": 5}, "k = 5"), ({"rollout": "full"}, "Full"), ({"model": "mlp"}, "M2PO"),
+    ({"hybrid": [80, 130]}, "M3PO-h"), ({"beta": 0.0}, "recurrent SAC"),
+    ({"L": 0}, "blind (L = 0)"), ({"no_token_reward": True}, "no reward token"),
+    ({"oracle": True}, "oracle"),
+    ({"beta_nll": 0.0, "reward_weight": 1.0}, "literal likelihood"),
+    ({"seed": 9, "N": 1, "out": "elsewhere", "device": "cuda"}, "M3PO"),
+    ({"k": 5, "G": 9}, "k = 5, G = 9"), ({"fit_every": 7}, "fit every = 7"),
+    ({"beta": 0.5}, "beta = 0.5"), ({"G": 1}, "G = 1"),
+])
+def test_a_variant_is_named_by_what_differs_from_the_defaults(flags, name):
+    args = vars(m3po.parse_args([])[0])
+    assert sorted(figures.variant(m3po.differences(args | flags)).split(", ")) == sorted(
+        name.split(", "))
+
+
+def test_settings_that_all_runs_share_stand_in_the_title(tmp_path):
+    runs = [fake_run(tmp_path / "a", G=9), fake_run(tmp_path / "b", seed=1, G=9),
+            fake_run(tmp_path / "c", G=9, k=5)]
+    groups, titles = figures.read_runs(runs)
+    assert titles == {"point-fwd-bwd": "point-fwd-bwd\nG = 9"}
+    assert {label: len(group) for label, group in groups["point-fwd-bwd"].items()} == {
+        "M3PO": 2, "k = 5": 1}
+
+
+def test_the_table_counts_right(tmp_path, capsys):
+    fake_run(tmp_path / "a", (0, 2, 4))  # mean height of the curve: 2
+    fake_run(tmp_path / "b", (2, 4, 4), seed=1)  # 3.5
+    groups, _ = figures.read_runs([tmp_path / "a", tmp_path / "b"])
+    figures.summary(groups)
+    row = capsys.readouterr().out.splitlines()[1].split()
+    assert row == "point-fwd-bwd M3PO 2 3 4.0 2.8 4.0 [4.0, 4.0] 1.5 min".split()
+
+
+def test_seeds_are_compared_at_the_steps_they_share(tmp_path):
+    runs = [figures.read_run(fake_run(tmp_path / "a", (1, 2, 3))),
+            figures.read_run(fake_run(tmp_path / "b", (5, "", 7, 8), seed=1))]  # longer; one gap
+    x, values = figures.over_seeds(runs, "eval_return_mean")
+    assert x.tolist() == [1, 3] and values.tolist() == [[1, 3], [5, 7]]
+
+
+def test_a_half_written_last_row_is_left_out(tmp_path):
+    folder = fake_run(tmp_path / "a", (1, 2))
+    with open(folder / "progress.csv", "a") as f:
+        f.write("3,30")
+    assert figures.read_run(folder).progress["global_step"].tolist() == [1000, 2000]
+
+
+def test_reward_is_aligned_at_the_switch_and_ends_at_the_next(trained_runs, monkeypatch):
+    reward = np.arange(100.0)[:, None]
+    switched = np.isin(reward, (3, 30, 50)).astype(float)
+    monkeypatch.setattr(figures, "evaluate", lambda *a: {"reward": reward, "switched": switched})
+    x, rows = figures.around_switches(figures.read_run(trained_runs["toy"]), 1)
+    assert x.tolist() == list(range(-5, 26)) and len(rows) == 3
+    nan = float("nan")
+    assert np.array_equal(rows[0], [nan, nan, *range(0, 29)], equal_nan=True)
+    assert np.array_equal(rows[1], [*range(25, 50), *[nan] * 6], equal_nan=True)
+    assert np.array_equal(rows[2], range(45, 76))
+
+
+def test_recovery_is_nine_tenths_of_the_way_back():
+    x = np.arange(-2, 5)
+    assert figures.steps_to_recover(x, np.array([1, 1, -1, -1, 0.7, 0.81, 1])) == 3
+    assert figures.steps_to_recover(x, np.array([1, 1, -1, -1, 0, 0, 0])) is None
+    assert figures.steps_to_recover(x, np.zeros(7)) is None
+
+
+def damage_run(folder, how):
+    if how == "no config":
+        (folder / "config.json").unlink()
+    elif how == "broken config":
+        (folder / "config.json").write_text('{"flags": {"env"')
+    elif how == "no progress":
+        (folder / "progress.csv").unlink()
+    elif how == "header only":
+        (folder / "progress.csv").write_text("epoch,global_step,eval_return_mean\n")
+    elif how == "empty":
+        (folder / "progress.csv").write_text("")
+    elif how == "text":
+        (folder / "progress.csv").write_text("epoch,global_step,eval_return_mean\n1,1000,hello\n")
+    elif how == "binary":
+        (folder / "progress.csv").write_bytes(bytes(range(256)))
+    elif how == "NaN only":
+        (folder / "progress.csv").write_text("epoch,global_step,eval_return_mean\n1,1000,nan\n")
+    elif how == "no steps":
+        (folder / "progress.csv").write_text("epoch,eval_return_mean\n1,3\n")
+
+
+@pytest.mark.parametrize("how, says", [
+    ("no config", "config.json does not exist"), ("broken config", "config.json is broken"),
+    ("no progress", "progress.csv does not exist"), ("header only", "has no rows"),
+    ("empty", "has no rows"), ("text", "hello"), ("binary", "progress.csv"),
+    ("NaN only", "no number in column eval_return_mean"), ("no steps", "global_step"),
+])
+def test_a_broken_run_folder_gets_one_line_that_names_it(tmp_path, capsys, how, says):
+    damage_run(fake_run(tmp_path / "bad"), how)
+    good = fake_run(tmp_path / "good", seed=1)
+    for command in ("curves", "theory"):
+        argv = [command, good, tmp_path / "bad", "--out", tmp_path / "c.png"]
+        err = error_line(capsys, figures, *argv)
+        assert says in err and str(tmp_path / "bad") in err
+    assert not (tmp_path / "c.png").exists()
+
+
+def test_runs_that_do_not_belong_together_get_one_line(tmp_path, capsys):
+    a, b = fake_run(tmp_path / "a"), fake_run(tmp_path / "b", env="ant-fwd-bwd")
+    out = tmp_path / "x.png"
+    for command in ("theory", "adaptation"):
+        assert "one env at a time" in error_line(capsys, figures, command, a, b, "--out", out)
+    assert "one variant (M3PO) with one seed (0)" in error_line(
+        capsys, figures, "curves", a, fake_run(tmp_path / "c"), "--out", out)
+    assert "agent.pt does not exist" in error_line(capsys, figures, "adaptation", a, "--out", out)
+    assert "does not exist" in error_line(capsys, figures, "curves", tmp_path / "no", "--out", out)
+    assert "no folder" in error_line(capsys, figures, "curves", a, "--out", tmp_path / "no/x.png")
+    assert "does not end in" in error_line(
+        capsys, figures, "curves", a, "--out", tmp_path / "x.bmp")
+    assert not out.exists()
+
+
+def test_theory_says_which_quantity_no_run_has_measured(tmp_path):
+    figures.main(["theory", str(fake_run(tmp_path / "a")), "--out", str(tmp_path / "t.svg")])
+    assert (tmp_path / "t.svg").stat().st_size > 10_000  # td_error alone is drawn

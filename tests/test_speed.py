@@ -1,0 +1,127 @@
+"""torch.compile and CUDA graphs: faster, with the same numbers."""
+
+import contextlib
+import copy
+import shutil
+
+import pytest
+import torch
+
+from model import MetaModel
+from policy import GraphedUpdate, MetaPolicy
+from rollouts import Batch
+from tests.conftest import random_batch, update_case
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_what_is_compiled_equals_the_eager_original():
+    policy, _, noise = update_case()
+    batch = random_batch(2, 2, L=1, B=32)  # the GRU's steps are unrolled: few compile sooner
+    compiled = copy.deepcopy(policy)
+    compiled.compile_methods()
+    history = batch.tokens[:-1], batch.mask[:-1], batch.next_obs
+    assert torch.allclose(policy.act(*history, True), compiled.act(*history, True), atol=1e-6)
+    model = MetaModel(2, 2, widths=(8, 8))
+    imagines = copy.deepcopy(model)
+    imagines.compile_methods()
+    steps = []
+    for m in (model, imagines):
+        torch.manual_seed(3)  # the draws are outside of what is compiled
+        steps.append(torch.cat(
+            [x.flatten() for x in m.sample(*history, policy.act(*history, True))]))
+    assert torch.allclose(*steps, atol=1e-5)
+    for _ in range(2):
+        assert torch.allclose(policy.update(batch, noise), compiled.update(batch, noise), rtol=1e-4)
+    for a, b in zip(policy.parameters(), compiled.parameters()):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def several_updates(update, policy, n=6):
+    """n updates on batches that are views, as in training: all losses, then all parameters."""
+    torch.manual_seed(1)
+    batches = random_batch(5, 2, L=4, B=n * 16).minibatches(n)
+    device = policy.token_mean.device
+    losses = [update(Batch(*(x.to(device) for x in batch)), torch.randn(2, 16, 2).to(device))
+              for batch in batches]
+    return [x.cpu() for x in (*losses, *policy.parameters())]
+
+
+@pytest.fixture
+def fake_cuda_graphs(monkeypatch):
+    """Stand-ins for torch.cuda's streams and graphs: recording changes no parameter, and a replay
+    does what was recorded with what then lies in the same tensors."""
+    class Graph:
+        recording = False
+
+        def replay(self):
+            self.update.losses.copy_(self.update.run())
+
+    class Record:
+        def __init__(self, graph):
+            self.graph = graph
+
+        def __enter__(self):
+            update, Graph.recording = Graph.latest, True
+            self.graph.update = update
+            self.before = copy.deepcopy(update.policy.state_dict())
+            self.optimizers = update.policy.q_optimizer, update.policy.actor_optimizer
+            self.steps = [copy.deepcopy(o.state_dict()) for o in self.optimizers]
+
+        def __exit__(self, *error):
+            Graph.recording = False
+            self.graph.update.policy.load_state_dict(self.before)
+            for optimizer, step in zip(self.optimizers, self.steps):
+                optimizer.load_state_dict(step)
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Record)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    return Graph
+
+
+def test_a_graphed_update_feeds_every_batch_once_and_keeps_the_losses(fake_cuda_graphs):
+    policy = MetaPolicy(5, 2, widths=(8, 8))
+    other = copy.deepcopy(policy)
+    graphed = fake_cuda_graphs.latest = GraphedUpdate(other)
+    expected, found = several_updates(policy.update, policy), several_updates(graphed, other)
+    assert graphed.graph and all(map(torch.equal, expected, found))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_update_that_cannot_be_recorded_goes_on_with_one_line(
+        late, fake_cuda_graphs, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("operation not permitted\nwhen capturing")
+
+    policy = MetaPolicy(5, 2, widths=(8, 8))
+    other = copy.deepcopy(policy)
+    graphed = fake_cuda_graphs.latest = GraphedUpdate(other)
+    if late:  # in the middle of an update
+        actor_loss = other.actor_loss
+        monkeypatch.setattr(other, "actor_loss", lambda *batch: (
+            fail if fake_cuda_graphs.recording else actor_loss)(*batch))
+    else:
+        monkeypatch.setattr(torch.cuda, "graph", fail)
+    found = several_updates(graphed, other)
+    assert all(map(torch.equal, several_updates(policy.update, policy), found))
+    assert capsys.readouterr().out == "CUDA graph   off: operation not permitted when capturing\n"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_graphed_update_on_a_gpu_is_the_eager_update(compiled):
+    policy = MetaPolicy(5, 2, widths=(8, 8)).to("cuda")
+    other = copy.deepcopy(policy)
+    if compiled:
+        other.compile_methods()
+    graphed = GraphedUpdate(other)
+    expected, found = several_updates(policy.update, policy), several_updates(graphed, other)
+    assert graphed.graph
+    for a, b in zip(expected, found):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
