@@ -478,11 +478,11 @@ def test_stopping_and_resuming_equals_never_stopping(flags, tmp_path):
     assert_same_run(a, b)
 
 
-class CountingEnv:
-    """o_t = t, r_t = 10 (t + 1)."""
+class SignEnv:
+    """o = 0 throughout and r = sign: the reward alone tells the task."""
 
-    class action_space:
-        shape = (1,)
+    def __init__(self, sign):
+        self.sign = sign
 
     def reset(self, seed=None):
         self.t = 0
@@ -490,25 +490,29 @@ class CountingEnv:
 
     def step(self, action):
         self.t += 1
-        return np.full(1, self.t, np.float32), 10.0 * self.t, self.t == 5, False, {}
+        return np.zeros(1, np.float32), self.sign, self.t == 5, False, {}
 
 
-def test_evaluation_shows_the_policy_the_tokens_of_the_history_contract():
-    """On a CPU a tensor made of obs shares its memory: overwriting obs before the token is made
-    would turn tokens into (o_{t+1}, a_t, r_t)."""
-    seen = []
+def test_adapting_is_z_moving_with_no_gradient_and_no_weight_changed():
+    policy, seen = MetaPolicy(1, 1, widths=(8,)), []
+    before, act = copy.deepcopy(policy.state_dict()), policy.act
 
-    class Policy:
-        act_dim = 1
+    def watched(tokens, mask, obs, deterministic):
+        z = policy.actor.encode(policy.standardise(tokens, obs)[0], mask)[0]
+        action = act(tokens, mask, obs, deterministic)
+        seen.append((obs.clone(), z, action))
+        assert not torch.is_grad_enabled() and not action.requires_grad
+        return action
 
-        def act(self, tokens, mask, obs, deterministic):
-            seen.append((obs[0, 0].item(), tokens[mask][:, [0, 2]].tolist()))
-            return torch.zeros(len(obs), 1)
-
-    evaluation.evaluate(Policy(), evaluation.Group([CountingEnv()]), [0], 2)
-    assert seen[0] == (0.0, []) and seen[1] == (1.0, [[0.0, 10.0]])
-    assert seen[2] == (2.0, [[0.0, 10.0], [1.0, 20.0]])
-    assert seen[3] == (3.0, [[1.0, 20.0], [2.0, 30.0]])
+    policy.act = watched
+    evaluation.evaluate(policy, evaluation.Group([SignEnv(-1.0), SignEnv(1.0)]), [0, 0], 3)
+    for t, (obs, z, action) in enumerate(seen):
+        assert not obs.any()  # the two episodes look the same at every step
+        assert z.any() == (t > 0)
+        for both in (z, action):
+            assert torch.equal(both[0], both[1]) == (t == 0)  # until their first reward
+    assert len(seen) == 5
+    assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
 
 
 def test_an_agent_learns_to_adapt_on_the_toy_and_a_blind_one_cannot(tmp_path):

@@ -20,6 +20,39 @@ from policy import MetaPolicy
 from tests.conftest import read_rows, run
 
 
+class CountingEnv:
+    """o_t = t, r_t = 10 (t + 1)."""
+
+    class action_space:
+        shape = (1,)
+
+    def reset(self, seed=None):
+        self.t = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.full(1, self.t, np.float32), 10.0 * self.t, self.t == 5, False, {}
+
+
+def test_evaluation_shows_the_policy_the_tokens_of_the_history_contract():
+    """On a CPU a tensor made of obs shares its memory: overwriting obs before the token is made
+    would turn tokens into (o_{t+1}, a_t, r_t)."""
+    seen = []
+
+    class Policy:
+        act_dim = 1
+
+        def act(self, tokens, mask, obs, deterministic):
+            seen.append((obs[0, 0].item(), tokens[mask][:, [0, 2]].tolist()))
+            return torch.zeros(len(obs), 1)
+
+    evaluation.evaluate(Policy(), evaluation.Group([CountingEnv()]), [0], 2)
+    assert seen[0] == (0.0, []) and seen[1] == (1.0, [[0.0, 10.0]])
+    assert seen[2] == (2.0, [[0.0, 10.0], [1.0, 20.0]])
+    assert seen[3] == (3.0, [[1.0, 20.0], [2.0, 30.0]])
+
+
 def test_faults_in_evaluation_are_counted(run_env, tmp_path):
     rows = read_rows(run(tmp_path / "a", *run_env(terminate_at=None, truncate_at=9, fail_at=4)))
     assert [row["eval_faults"] for row in rows] == ["2", "2"]  # one in each of two episodes
