@@ -1,17 +1,21 @@
 """Evaluation: fresh episodes under the mean action, and how fast the agent adapts in them.
 
-Adapting is nothing but tokens entering the window: no gradient, no task id. The episodes run side by
-side, so that the policy sees one batch per time step; in training they are dealt to several processes.
+Adapting is nothing but tokens entering the window: no gradient, no task id. The episodes run side
+by side, so that the policy sees one batch per time step; in training they are dealt to several
+processes.
 """
 
 import ctypes
+import functools
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import time
-import traceback
-from contextlib import contextmanager
+import weakref
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.util import Finalize
 
 import numpy as np
@@ -19,8 +23,9 @@ import torch
 
 from rollouts import LiveHistory
 
-SEEN = ("steps_since_switch", "switched", "right_way")  # of info, where the env has them
-FOUND = ("reward", *SEEN, "fault")  # of a step; fault is 1 where the simulator failed
+INFOS = ("steps_since_switch", "switched", "right_way")  # of info, where the env has them
+METRICS = ("reward", *INFOS, "fault")  # of a step; fault is 1 where the simulator failed
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent dies
 
 
 class Group:
@@ -30,20 +35,20 @@ class Group:
         self.envs = envs
 
     def reset(self, env_seeds):
-        """The first observations [n, O]."""
+        """Starts one env per seed, at most as many as there are; the first observations [n, O]."""
         self.obs = np.stack([env.reset(seed=s)[0] for env, s in zip(self.envs, env_seeds)])
-        self.running = np.ones(len(self.envs), bool)
+        self.running = np.ones(len(self.obs), bool)
         return self.obs
 
     def step(self, actions):
-        """One step of every env that still runs: obs [n, O], FOUND [5, n] (NaN where an env does
+        """One step of every env that still runs: obs [n, O], METRICS [5, n] (NaN where an env does
         not run or does not say), running [n]."""
-        found = [(math.nan,) * len(FOUND)] * len(self.envs)
+        metrics = [(math.nan,) * len(METRICS)] * len(self.obs)
         for i in self.running.nonzero()[0]:
             self.obs[i], reward, terminated, truncated, info = self.envs[i].step(actions[i])
-            found[i] = reward, *(info.get(name, math.nan) for name in SEEN), "fault" in info
+            metrics[i] = reward, *(info.get(name, math.nan) for name in INFOS), "fault" in info
             self.running[i] = not (terminated or truncated)
-        return self.obs, np.array(found, float).T, self.running
+        return self.obs, np.array(metrics, float).T, self.running
 
     def close(self):
         for env in self.envs:
@@ -52,10 +57,9 @@ class Group:
 
 @torch.inference_mode()
 def evaluate(policy, group, env_seeds, L):
-    """One fresh episode per env of the group with the mean action of a policy on the CPU, all as one
-    batch.
+    """One fresh episode per seed with the mean action of a policy on the CPU, all as one batch.
 
-    Returns FOUND as arrays [T, n], NaN past an episode's end.
+    Returns METRICS as arrays [T, n], NaN past an episode's end.
     """
     obs = group.reset(env_seeds)
     history = LiveHistory(len(obs), L, obs.shape[1] + policy.act_dim + 1)
@@ -63,10 +67,11 @@ def evaluate(policy, group, env_seeds, L):
     while running.any():
         obs_t = torch.tensor(obs)  # a copy: the group writes to its own
         action_t = policy.act(history.tokens, history.mask, obs_t, deterministic=True)
-        obs, found, running = group.step(action_t.numpy())
-        log.append(found)
-        history.append(obs_t, action_t, torch.tensor(np.nan_to_num(found[0]), dtype=torch.float32))
-    return dict(zip(FOUND, np.array(log).swapaxes(0, 1)))
+        obs, metrics, running = group.step(action_t.numpy())
+        log.append(metrics)
+        reward_t = torch.tensor(np.nan_to_num(metrics[0]), dtype=torch.float32)
+        history.append(obs_t, action_t, reward_t)
+    return dict(zip(METRICS, np.array(log).swapaxes(0, 1)))
 
 
 class Player:
@@ -91,100 +96,99 @@ class Players:
     """
 
     def __init__(self, make_env, make_policy, n, workers, L):
-        if not hasattr(os, "sched_setaffinity") or multiprocessing.current_process().daemon:
-            workers = 1  # not Linux; a process of somebody's pool may have none of its own
+        if not can_fork() or multiprocessing.current_process().daemon:
+            workers = 1  # a process of somebody's pool may have none of its own
         self.workers = max(1, min(workers, n // 2))
         self.parts = np.array_split(np.arange(n), self.workers)
-        self.own = Player(make_env, make_policy, len(self.parts[0]), L)
-        self.pipes, self.processes = [], []
-        # At exit, before multiprocessing waits for its processes: they end when their pipe does.
-        self.close = Finalize(self, close_players, (self.own, self.pipes, self.processes),
-                              exitpriority=10)
-        context = multiprocessing.get_context("fork")  # at once, and nothing has to be pickled
-        for worker, part in enumerate(self.parts[1:], 1):
-            ours, theirs = context.Pipe()
-            self.pipes.append(ours)
-            job = (ours, theirs, worker, make_env, make_policy, len(part), L)
-            self.processes.append(context.Process(target=serve, args=job, daemon=True))
-            self.processes[-1].start()
-            theirs.close()
+        how = make_env, make_policy, len(self.parts[0]), L  # no part is larger than the first
+        self.own, self.pool, self.processes = Player(*how), None, []
+        if self.workers > 1:
+            context = multiprocessing.get_context("fork")  # at once, and nothing has to be pickled
+            # A core each, or the kernel wakes a worker on the sender's. Other runs begin elsewhere.
+            cores, queue = sorted(os.sched_getaffinity(0)), context.SimpleQueue()
+            for worker in range(1, self.workers):
+                queue.put(cores[(os.getpid() + worker) % len(cores)])
+            self.pool = ProcessPoolExecutor(self.workers - 1, context, start_worker,
+                                            (os.getpid(), queue, how))
+            before = multiprocessing.active_children()
+            self.pool.submit(os.getpid)  # forks all workers, now
+            self.processes = [p for p in multiprocessing.active_children() if p not in before]
+        self.close = weakref.finalize(self, close, self.own.group, self.pool, self.processes)
 
     def evaluate(self, policy, env_seeds):
         """`evaluate` of a policy on any device, in all processes at the same time."""
         weights = {name: w.numpy(force=True) for name, w in policy.state_dict().items()
                    if not name.startswith("qf")}
-        shares = [env_seeds[part[0]:part[-1] + 1] for part in self.parts]
+        own, *others = [env_seeds[part[0]:part[-1] + 1] for part in self.parts]
         threads = torch.get_num_threads()
         if self.workers > 1:  # torch's own threads would spin on the cores that the others need
             torch.set_num_threads(1)
         try:
-            with reaching_workers():
-                for pipe, share in zip(self.pipes, shares[1:]):
-                    pipe.send((weights, share))
-            found = [self.own.play(weights, shares[0])]
-            with reaching_workers():
-                found += [pipe.recv() for pipe in self.pipes]
+            futures = [self.pool.submit(play, weights, share) for share in others]
+            parts = [self.own.play(weights, own), *(future.result() for future in futures)]
+        except BrokenProcessPool:
+            self.close()
+            raise OSError("a process that plays evaluation's episodes died") from None
         except BaseException:
-            self.close()  # answers that nobody waits for any more would pass for those of the next
+            self.close()  # nobody waits for the others any more
             raise
         finally:
             torch.set_num_threads(threads)
-        for answer in found:
-            if isinstance(answer, Exception):
-                raise answer
-        T = max(len(part["reward"]) for part in found)
+        T = max(len(part["reward"]) for part in parts)
         longer = lambda x: np.pad(x, ((0, T - len(x)), (0, 0)), constant_values=math.nan)
-        return {name: np.concatenate([longer(part[name]) for part in found], 1) for name in FOUND}
+        return {name: np.concatenate([longer(part[name]) for part in parts], 1) for name in METRICS}
 
 
-@contextmanager
-def reaching_workers():
+def can_fork():
+    """Whether workers can be forked, kept to a core and made to end with this process: on Linux."""
+    return (hasattr(os, "fork") and hasattr(os, "sched_setaffinity")
+            and hasattr(ctypes.CDLL(None), "prctl"))
+
+
+def start_worker(parent, cores, how):
+    """Begins a worker's life, which ends when the pool is shut down or its parent dies."""
+    global player
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process gets them too, and ends us
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was already dead
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.sched_setaffinity(0, {cores.get()})
+    torch.set_num_threads(1)
+
+    @functools.cache  # made in the first evaluation, where an error of the env is that of a future
+    def player():
+        made = Player(*how)
+        Finalize(made, made.group.close, exitpriority=0)  # at this process's end
+        return made
+
+
+def play(weights, env_seeds):
+    """A worker's part of an evaluation."""
     try:
-        yield
-    except (EOFError, ConnectionError):
-        raise OSError("a process that plays evaluation's episodes died") from None
+        return player().play(weights, env_seeds)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # what cannot be sent says in words what it was
+            raise RuntimeError(repr(error)) from error
+        raise
 
 
-def close_players(own, pipes, processes):
-    own.group.close()
-    for pipe in pipes:
-        pipe.close()
-    deadline = time.monotonic() + 1  # for all together to close their envs; who still plays is killed
+def close(group, pool, processes):
+    """Closes the envs, also in the workers, who have a second for it; who still plays is killed."""
+    group.close()
+    if pool:
+        pool.shutdown(wait=False)
+    deadline = time.monotonic() + 1
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
         process.kill()
         process.join()
 
 
-def serve(ours, theirs, worker, *own):
-    """A worker: plays what its pipe asks for until that closes, or the process that asks is killed."""
-    ours.close()
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process gets them too, and closes us
-        signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: what comes when our parent dies
-    # Else the kernel wakes a worker on the sender's core. Other runs begin at another core.
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[(os.getppid() + worker) % len(cores)]})
-    torch.set_num_threads(1)
-    player = None
-    try:
-        while True:
-            asked = theirs.recv()
-            try:
-                player = player or Player(*own)
-                answer = player.play(*asked)
-            except (OSError, ValueError, MemoryError) as error:  # the env's own: one line says it
-                answer = error
-            except Exception as error:
-                answer = RuntimeError(f"{error!r} in a process of evaluation:\n{traceback.format_exc()}")
-            theirs.send(answer)
-    except (EOFError, ConnectionError):
-        if player:
-            player.group.close()
-
-
 def early_steps(env):
-    """How many steps after a switch count as adapting: 50, or half a period where that is shorter."""
+    """How many steps after a switch count as adapting: 50, or half a shorter period."""
     return min(50, (getattr(env.unwrapped, "switch_every", None) or 100) // 2)
 
 
