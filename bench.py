@@ -108,7 +108,7 @@ def bench_nets(args, flags, env, device):
         D_env.add(row[:O], row[O:O + A].clamp(-1, 1), row[-1], row[O + A:-1], False, t % 1000 == 999)
     model.update_statistics(D_env)
     policy.use_statistics(model)
-    D_model = ModelBuffer(D_env, M, flags.k, flags.retain, envs.termination_fn(env))
+    D_model = ModelBuffer(D_env, M, flags.k, flags.retain, envs.terminated_fn(env))
     D_model.rollout(policy, model)
 
     def updates(update):
@@ -265,7 +265,7 @@ def bench_memory():
     O, A = env.observation_space.shape[0], env.action_space.shape[0]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     D_env = EnvBuffer(200_000, O, A, 10)
-    D_model = ModelBuffer(D_env, 1_000, 1, 1_000, envs.termination_fn(env))
+    D_model = ModelBuffer(D_env, 1_000, 1, 1_000, envs.terminated_fn(env))
     tensors = [getattr(D_model, name) for name in ModelBuffer.STATE]
     for tensor in (*tensors, *(getattr(D_env, name) for name in EnvBuffer.STATE)):
         tensor.zero_()  # touches every page

@@ -41,17 +41,17 @@ plots and tests):
 [-1, 1]. Your own env: `make("my_module:MyEnv-v0")`, see README.
 """
 
-import contextlib
 import copy
 import functools
 import math
+import multiprocessing
 import os
-import traceback
+import sys
 
 import gymnasium as gym
 import numpy as np
 
-# `import mujoco` fails where MUJOCO_GL names a backend that is not there, and training draws nothing.
+# `import mujoco` fails where MUJOCO_GL names a backend that is not there; training draws nothing.
 asked_gl = os.environ.pop("MUJOCO_GL", None)
 import mujoco
 
@@ -63,11 +63,9 @@ from gymnasium.envs.mujoco.humanoid_v5 import HumanoidEnv
 from gymnasium.envs.mujoco.walker2d_v5 import Walker2dEnv
 from gymnasium.spaces import Box
 from gymnasium.wrappers import TimeLimit, TransformAction, TransformObservation
+from tqdm import tqdm
 
-
-class EnvError(ValueError):
-    """An env that M3PO cannot use, or that does not exist. The message is one line."""
-
+from env_checks import EnvError, check_env, own_code, why_not
 
 # ------------------------------------------------------------------------------ the hidden task
 
@@ -517,6 +515,7 @@ class FaultGuard(gym.Wrapper):
         kinds = ("BADQPOS", "BADQVEL", "BADQACC") if isinstance(data, mujoco.MjData) else ()
         # Live views of MuJoCo's counters of self-resets.
         self.counters = [data.warning[getattr(mujoco.mjtWarning, f"mjWARN_{k}")] for k in kinds]
+        self.ends_unforeseen = not termination_known(env)
 
     def reset(self, *, seed=None, options=None):
         self.last_obs, info = self.env.reset(seed=seed, options=options)
@@ -534,32 +533,46 @@ class FaultGuard(gym.Wrapper):
         elif sum(counter.number for counter in self.counters) > self.self_resets:
             fault = "MuJoCo reset itself after instability"
         else:
+            if terminated and self.ends_unforeseen:
+                say_once(f"{self.spec.id if self.spec else self.env} terminated, but gives no "
+                         "terminated_fn: imagined branches will not end where episodes do")
             self.last_obs = obs
             return obs, reward, terminated, truncated, info
         info["fault"] = fault
         return self.last_obs, 0.0, False, True, info
 
 
-class TaskObservation(gym.Wrapper):
-    """Appends the task of the next step to the observation: an upper bound, not a contestant."""
+@functools.cache
+def say_once(message):
+    """A line on the screen, also beside a progress bar, and not again from evaluation's workers."""
+    if multiprocessing.parent_process() is None:
+        tqdm.write(f"note         {message}")
 
-    def __init__(self, env):
+
+class TaskObservation(gym.Wrapper):
+    """Appends the task of the next step to the observation: an upper bound, not a contestant.
+
+    Where info has no "next_task", its "task" must be the one that holds for the next step.
+    """
+
+    def __init__(self, env, task_dim, limit):
         super().__init__(env)
-        task_dim = env.unwrapped.task_dim
-        space = env.observation_space
+        space, ends = env.observation_space, np.full(task_dim, limit, np.float32)
         self.observation_space = Box(
-            np.concatenate((space.low, np.full(task_dim, -1.0, np.float32))),
-            np.concatenate((space.high, np.full(task_dim, 1.0, np.float32))),
-            dtype=np.float32,
+            np.concatenate((space.low, -ends)), np.concatenate((space.high, ends)), dtype=np.float32
         )
+
+    def shown(self, obs, info):
+        task = np.atleast_1d(np.asarray(info.get("next_task", info["task"]), np.float32))
+        return np.concatenate((obs, task))
 
     def reset(self, *, seed=None, options=None):
         obs, info = self.env.reset(seed=seed, options=options)
-        return np.concatenate((obs, info["next_task"])), info
+        return self.shown(obs, info), info
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        return np.concatenate((obs, info["next_task"])), reward, terminated, truncated, info
+        return self.shown(obs, info), reward, terminated, truncated, info
 
 
 # ------------------------------------------------------------------------- making and inspecting
@@ -592,49 +605,36 @@ def make(name, switch_every=None, oracle=False, render_mode=None):
     name          a key of ENVS, a registered Gymnasium id, or "module:Id-v0" for your own env
     switch_every  env steps between two draws of the task; None is the env's default
     oracle        show the task to the agent, as TaskObservation does
-    Raises EnvError, with one line, for what does not exist or cannot be used.
+    Raises EnvError, with one line, for what does not exist or cannot be used, and whatever the own
+    code of an env raises.
     """
     kwargs = {} if render_mode is None else {"render_mode": render_mode}
     ours = name in ENVS or name in ENVS.values()
-    if not ours and (oracle or switch_every is not None):
-        raise EnvError(f"{name}: oracle and switch_every are only for {', '.join(ENVS)}")
+    if not ours and switch_every is not None:
+        raise EnvError(f"{name}: switch_every is only for {', '.join(ENVS)}")
     if switch_every is not None:
         kwargs["switch_every"] = switch_every
-    with own_code(name):
+    with own_code(name, "making it"):
+        loaded = set(sys.modules)
         try:
             if not isinstance(name, str) or name.count(":") > 1:
                 raise gym.error.Error("no such name")
             env = gym.make(ENVS.get(name, name), disable_env_checker=True, **kwargs)
         except (gym.error.Error, ModuleNotFoundError) as error:
-            reason = " ".join(str(error).split())  # one line
             valid = ", ".join(ENVS) + ", or module:Id-v0"
+            reason = why_not(name, error, loaded)
             raise EnvError(f"cannot make env {name!r}; valid: {valid} ({reason})") from error
-        if not ours:
-            refuse_unusable(name, env)
-    if not ours:
+    if ours:
+        task_dim, limit = env.unwrapped.task_dim, 1.0
+    else:
+        task_dim, limit = check_env(name, env, oracle), math.inf
         # Some envs return float64 whatever their space says, or an array that they change later.
         flat = Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
         env = TransformObservation(env, lambda obs: np.array(obs, np.float32), flat)
         if time_limit(env) is None:
             env = TimeLimit(env, 1_000)  # else evaluation might never end
     env = FaultGuard(with_unit_actions(env))
-    return TaskObservation(env) if oracle else env
-
-
-@contextlib.contextmanager
-def own_code(name):
-    """What the user's own code raises in here becomes one line with its place."""
-    try:
-        yield
-    except EnvError:
-        raise
-    except Exception as error:
-        first = error
-        while first.__cause__ or first.__context__:  # Gymnasium raises it anew
-            first = first.__cause__ or first.__context__
-        place = traceback.extract_tb(first.__traceback__)[-1]
-        said = f"{type(first).__name__} at {place.filename}:{place.lineno}: {first}"
-        raise EnvError(f"{name}: {' '.join(said.split())}") from error
+    return TaskObservation(env, task_dim, limit) if oracle else env
 
 
 def time_limit(env):
@@ -643,51 +643,22 @@ def time_limit(env):
     return env.get_wrapper_attr("_max_episode_steps") if has else None
 
 
-def refuse_unusable(name, env):
-    """Raises EnvError if M3PO cannot learn in this env, saying why."""
-    for what, space in (("observation", env.observation_space), ("action", env.action_space)):
-        if not isinstance(space, Box):
-            kind = type(space).__name__
-            raise EnvError(f"{name}: {kind} {what} space; M3PO needs a Box of one axis")
-        if len(space.shape) != 1:
-            image = " (an image?)" if what == "observation" and len(space.shape) > 1 else ""
-            raise EnvError(f"{name}: {what} shape {space.shape}{image}; M3PO needs one axis")
-    if not env.action_space.is_bounded("both"):
-        raise EnvError(f"{name}: unbounded action space; M3PO needs a finite low and high")
-    if not np.issubdtype(env.action_space.dtype, np.floating):
-        raise EnvError(f"{name}: {env.action_space.dtype} actions; M3PO needs floats")
-    # One step outside any wrapper shows which API the env speaks. Callers reset before use.
-    try:
-        first = env.unwrapped.reset(seed=0)
-    except TypeError as error:
-        raise EnvError(f"{name}: old API: reset must take a seed and return (obs, info) ({error})"
-                       ) from error
-    if not (isinstance(first, tuple) and len(first) == 2 and isinstance(first[1], dict)):
-        raise EnvError(f"{name}: old API: reset must return (obs, info)")
-    result = env.unwrapped.step(env.unwrapped.action_space.sample())
-    if not (isinstance(result, tuple) and len(result) == 5):
-        raise EnvError(
-            f"{name}: old API: step must return (obs, reward, terminated, truncated, info)"
-        )
-    for what, obs in (("reset", first[0]), ("step", result[0])):
-        if np.shape(obs) != env.observation_space.shape:
-            raise EnvError(f"{name}: {what} returned an observation of shape {np.shape(obs)}, its "
-                           f"space says {env.observation_space.shape}")
-
-
 def with_unit_actions(env):
-    """Takes actions in [-1, 1], where the env does not yet."""
+    """Takes actions in [-1, 1], where the env does not yet.
+
+    By hand, because Gymnasium's RescaleAction rounds past the bounds and keeps a float64 space.
+    """
     space = env.action_space
     unit = Box(-1.0, 1.0, space.shape, np.float32)
-    if space != unit:
-        low, high = space.low, space.high
+    if space == unit:
+        return env
 
-        def rescale(action):
-            share = (action + 1.0) / 2.0  # exact at both ends; clipped, for rounding in between
-            return np.clip((1.0 - share) * low + share * high, low, high, dtype=space.dtype)
+    def rescale(action):
+        fraction = (action + 1.0) / 2.0  # exact at both ends; clipped, for rounding in between
+        action = (1.0 - fraction) * space.low + fraction * space.high
+        return np.clip(action, space.low, space.high, dtype=space.dtype)
 
-        env = TransformAction(env, rescale, unit)
-    return env
+    return TransformAction(env, rescale, unit)
 
 
 def termination_known(env):
@@ -695,11 +666,13 @@ def termination_known(env):
     return hasattr(env.unwrapped, "terminated_fn")
 
 
-def termination_fn(env):
+def terminated_fn(env):
     """The env's rule as a function for model rollouts: next_obs [..., O] -> bool [...].
 
-    Takes torch tensors and NumPy arrays. Without a `terminated_fn`, no state is terminal.
+    Takes torch tensors and NumPy arrays. Without a rule of the env's, no state is terminal.
     """
-    # All rules of this file read from the front of the observation: an oracle's task, appended
-    # behind it, is not in their way.
-    return getattr(env.unwrapped, "terminated_fn", never)
+    rule = getattr(env.unwrapped, "terminated_fn", never)
+    O = env.unwrapped.observation_space.shape[0]
+    if env.observation_space.shape == (O,):
+        return rule
+    return lambda next_obs: rule(next_obs[..., :O])  # an oracle's task stands behind

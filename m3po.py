@@ -545,7 +545,7 @@ def main(args, env, state=None):
     policy, model = build(args, env, device)  # line 1
     D_env = EnvBuffer(min(args.N * args.E, args.env_capacity), policy.obs_dim, policy.act_dim, args.L,
                       device)
-    D_model = ModelBuffer(D_env, args.M, args.k, args.retain, envs.termination_fn(env),
+    D_model = ModelBuffer(D_env, args.M, args.k, args.retain, envs.terminated_fn(env),
                           full=args.rollout == "full", horizon=envs.time_limit(env))
     # Everything that changes from step to step and lies in none of these four.
     p = {"step": 0, "episode": 0, "actions": [], "train_return": 0.0, "train_returns": [],

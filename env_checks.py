@@ -1,0 +1,133 @@
+"""What M3PO asks of an env that is not its own: checked with one trial step, before training.
+
+What cannot work is refused by name, in one line (EnvError). An exception out of the env's own code
+keeps its traceback, which its author needs to mend it, below a line that names the env.
+"""
+
+import contextlib
+import inspect
+import sys
+from pathlib import Path
+
+import numpy as np
+from gymnasium.spaces import Box
+
+
+class EnvError(ValueError):
+    """An env that M3PO cannot use, or that does not exist. The message is one line."""
+
+
+@contextlib.contextmanager
+def own_code(name, where):
+    """Names the env above the traceback of whatever its own code raises in here."""
+    try:
+        yield
+    except EnvError:
+        raise
+    except Exception:
+        print(f"{name}: the env's own code failed in {where}", file=sys.stderr, flush=True)
+        raise
+
+
+def why_not(name, error, loaded):
+    """Why gym.make(name) failed, as one line; `loaded` are the modules that were there before.
+
+    Raises the error again if it is that of the user's module, which lacks a package of its own.
+    """
+    reason = " ".join(str(error).split())
+    module = str(name).partition(":")[0]
+    missing = getattr(error.__cause__, "name", None) or module
+    if module != missing and not module.startswith(f"{missing}."):
+        raise error
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if ":" not in str(name) or file is None:
+        return reason
+    ours = module in loaded and Path(file).parent == Path(__file__).parent
+    return (f"{reason} The module {module} is {file}"
+            + (", a file of M3PO: give yours another name" if ours else ""))
+
+
+def check_env(name, env, oracle):
+    """Raises EnvError if M3PO cannot learn in this env, saying why.
+
+    Steps it once, outside any wrapper; callers reset before use. Returns how many numbers
+    info["task"] holds if `oracle` asks for it, else 0.
+    """
+    check_spaces(name, env.observation_space, env.action_space)
+    env, shape = env.unwrapped, env.observation_space.shape
+    parameters = inspect.signature(env.reset).parameters.values()
+    if not any(p.name == "seed" or p.kind == p.VAR_KEYWORD for p in parameters):
+        raise EnvError(f"{name}: old API: reset must take a seed and return (obs, info)")
+    with own_code(name, "its first reset"):
+        first = env.reset(seed=0)
+    if not (isinstance(first, tuple) and len(first) == 2):
+        raise EnvError(f"{name}: old API: reset must return (obs, info)")
+    with own_code(name, "its first step"):
+        result = env.step(env.action_space.sample())
+    if not (isinstance(result, tuple) and len(result) == 5):
+        raise EnvError(
+            f"{name}: old API: step must return (obs, reward, terminated, truncated, info)")
+    for what, obs, info in (("reset", *first), ("step", result[0], result[4])):
+        if np.shape(obs) != shape:
+            raise EnvError(f"{name}: {what} returned an observation of shape {np.shape(obs)}, its "
+                           f"space says {shape}")
+        if not isinstance(info, dict):
+            raise EnvError(f"{name}: {what} returned {said(info)} as info; M3PO needs a dict")
+    for what, value, kinds, needs in (("reward", result[1], "fiub", "a number"),
+                                      ("terminated", result[2], "biu", "a bool"),
+                                      ("truncated", result[3], "biu", "a bool")):
+        if np.asarray(value).shape != () or np.asarray(value).dtype.kind not in kinds:
+            raise EnvError(f"{name}: step returned {said(value)} as {what}; M3PO needs {needs}")
+    check_rule(name, env, first[0])
+    return task_size(name, first[1], result[4]) if oracle else 0
+
+
+def said(value):
+    """A value in a message of one line."""
+    return " ".join(repr(value).split())[:60]
+
+
+def check_spaces(name, observation_space, action_space):
+    for what, space in (("observation", observation_space), ("action", action_space)):
+        if not isinstance(space, Box):
+            kind = type(space).__name__
+            raise EnvError(f"{name}: {kind} {what} space; M3PO needs a Box of one axis")
+        if len(space.shape) != 1:
+            image = " (an image?)" if what == "observation" and len(space.shape) > 1 else ""
+            raise EnvError(f"{name}: {what} shape {space.shape}{image}; M3PO needs one axis")
+        if space.shape == (0,):
+            raise EnvError(f"{name}: the {what} space has no dimensions; M3PO needs at least one")
+    if not action_space.is_bounded("both"):
+        raise EnvError(f"{name}: unbounded action space; M3PO needs a finite low and high")
+    if not np.issubdtype(action_space.dtype, np.floating):
+        raise EnvError(f"{name}: {action_space.dtype} actions; M3PO needs floats")
+    empty = np.flatnonzero(action_space.low >= action_space.high)
+    if len(empty):
+        i = empty[0]
+        raise EnvError(f"{name}: action dimension {i} reaches from {action_space.low[i]:g} to "
+                       f"{action_space.high[i]:g}; M3PO needs low < high")
+
+
+def check_rule(name, env, obs):
+    """The env's terminated_fn, if it has one, must answer [B, O] of both kinds with bools [B]."""
+    if not hasattr(env, "terminated_fn"):
+        return
+    import torch  # here: the envs themselves need none
+    batch = np.array([obs] * 3, np.float32)
+    for kind, next_obs, bools in (("NumPy", batch, np.bool_),
+                                  ("torch", torch.tensor(batch), torch.bool)):
+        with own_code(name, f"terminated_fn, asked about a {kind} array {batch.shape}"):
+            dead = env.terminated_fn(next_obs)
+        if not isinstance(dead, type(next_obs)) or dead.shape != (3,) or dead.dtype != bools:
+            raise EnvError(f"{name}: terminated_fn answered a {kind} array {batch.shape} with "
+                           f"{said(dead)}; M3PO needs a {kind} array (3,) of bools")
+
+
+def task_size(name, *infos):
+    """How many numbers the task has in the infos of reset and step."""
+    tasks = [np.asarray(info.get("task")) for info in infos]
+    if not all(task.dtype.kind in "fiub" and task.ndim <= 1 and task.size for task in tasks) or (
+            tasks[0].size != tasks[1].size):
+        raise EnvError(f"{name}: oracle needs info['task'] from reset and step, a number or a "
+                       f"vector, got {' and '.join(said(info.get('task')) for info in infos)}")
+    return tasks[0].size
