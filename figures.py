@@ -1,13 +1,15 @@
-"""The paper's figures, drawn from run folders. Needs matplotlib; training does not.
+"""The paper's figures, drawn from runs. Needs matplotlib and SciPy; training needs neither.
 
     python figures.py curves runs/* --out curves.png           learning curves (Figures 7, 9, 16)
     python figures.py adaptation runs/* --out adaptation.png   reward around a switch of the task
     python figures.py theory runs/* --out theory.png           Figures 11, 12, 17, and the two gaps
     python figures.py envs --out envs.png                      the environments (Figure 6)
 
-Runs are grouped by env and variant, which is what in config.json differs from m3po.py's defaults
-for that env. Lines are means over seeds, each seed faint; bands are 95 % bootstrap intervals. A
-table prints beside each plot. Figure 4 comes from bounds.py.
+A run is a folder with config.json and progress.csv: a run folder, or what ablations.py keeps of one
+in results/. Only `adaptation` needs its agent.pt too. Runs are grouped by env and variant, which is
+what in config.json differs from m3po.py's defaults for that env. Lines are means over seeds, each
+seed faint; bands are Student's 95 % intervals, because a bootstrap over two to five seeds covers
+too little. A table prints beside each plot. Figure 4 comes from bounds.py.
 """
 
 import argparse
@@ -40,19 +42,14 @@ THEORY = (  # columns of progress.csv, drawn solid and dashed; axis; title
     (("td_error",), "mean |TD error| (reward units)", "Figure 17: Q"),
     (("gap_full", "gap_branched"), "gap (reward units)", "Theorems 1 (solid) and 2 (dashed)"))
 
+DRAWN = {"global_step", "eval_return_mean", *(c for columns, *_ in THEORY for c in columns)}
+
 
 class FigureError(Exception):
     """A picture that cannot be drawn. The message is one line."""
 
 
 # ---- statistics ---------------------------------------------------------------------------------
-
-
-def interquartile_mean(values, axis=0):
-    """Mean of what is left when a quarter of the values, rounded down, goes at either end."""
-    values = np.sort(np.asarray(values, float), axis)
-    n = values.shape[axis]
-    return np.take(values, range(n // 4, n - n // 4), axis).mean(axis)
 
 
 def known_mean(values, axis=0):
@@ -62,18 +59,25 @@ def known_mean(values, axis=0):
     return np.where(n, np.where(known, values, 0.0).sum(axis) / np.maximum(n, 1), np.nan)
 
 
-def bootstrap_interval(values, statistic=np.mean, level=0.95, resamples=2_000, seed=0):
-    """Percentile bootstrap over axis 0 of values [n, ...]: (low, high), each [...].
-
-    The n values are drawn anew with replacement, `resamples` times. One value has no interval: NaN.
-    """
+def students_interval(values, level=0.95):
+    """Of the mean over axis 0 of values [n, ...]: (low, high), each [...]. What is NaN is left out;
+    fewer than two values have no interval: NaN."""
+    from scipy import stats
     values = np.asarray(values, float)
-    if len(values) < 2:
-        return np.full(values.shape[1:], np.nan), np.full(values.shape[1:], np.nan)
-    rows = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    drawn = np.stack([statistic(values[r], axis=0) for r in rows])
-    low, high = np.quantile(drawn, ((1 - level) / 2, (1 + level) / 2), axis=0)
-    return low, high
+    mean, n = known_mean(values), np.isfinite(values).sum(0)
+    variance = known_mean((values - mean) ** 2) * n / np.where(n > 1, n - 1, np.nan)  # NaN if n < 2
+    half = stats.t.ppf((1 + level) / 2, np.maximum(n - 1, 1)) * np.sqrt(variance / n)
+    return mean - half, mean + half
+
+
+def bootstrap_interval(rows, level=0.95):
+    """Percentile bootstrap of known_mean over rows [n, T]: (low, high), each [T]. For many rows: at
+    two to five it covers too little."""
+    from scipy import stats
+    if len(rows) < 2:
+        return np.full(rows.shape[1:], np.nan), np.full(rows.shape[1:], np.nan)
+    return stats.bootstrap((rows,), known_mean, n_resamples=2_000, batch=100, method="percentile",
+                           confidence_level=level, rng=np.random.default_rng(0)).confidence_interval
 
 
 # ---- reading runs -------------------------------------------------------------------------------
@@ -94,7 +98,8 @@ class Run:
 
 
 def read_run(folder):
-    """A run folder's config.json and progress.csv; FigureError says what of them is broken."""
+    """A run's config.json and progress.csv; FigureError says what of them is broken. Columns may be
+    missing, and what no figure draws may hold words."""
     folder = Path(folder)
     config, progress = folder / "config.json", folder / "progress.csv"
     for path in (folder, config, progress):
@@ -110,12 +115,18 @@ def read_run(folder):
         with open(progress, newline="") as f:
             header, *rows = list(csv.reader(f)) or [[]]
         rows = [row for row in rows if len(row) == len(header)]  # the last may be half written
-        table = np.array([[float(cell or "nan") for cell in row] for row in rows])
+        columns = {}
+        for name, cells in zip(header, zip(*rows)):
+            try:
+                columns[name] = np.array([float(cell or "nan") for cell in cells])
+            except ValueError:
+                if name in DRAWN:
+                    raise
     except ValueError as error:
         raise FigureError(f"{progress} is broken: {error}") from error
     if not rows or "global_step" not in header:
         raise FigureError(f"{progress} has no " + ("rows" if not rows else "column global_step"))
-    return Run(folder, flags, dict(zip(header, table.T)))
+    return Run(folder, flags, columns)
 
 
 def variant(differs):
@@ -158,17 +169,17 @@ def read_runs(folders, one_env=False):
 
 def over_seeds(runs, column):
     """(thousand steps [T], values [seeds, T]) at the steps at which every run has measured."""
-    found = [run.curve(column) for run in runs]
-    for run, (x, _) in zip(runs, found):
+    measured = [run.curve(column) for run in runs]
+    for run, (x, _) in zip(runs, measured):
         if not len(x):
             raise FigureError(f"{run.folder}/progress.csv has no number in column {column}")
-    x = found[0][0]
-    for other, _ in found[1:]:
+    x = measured[0][0]
+    for other, _ in measured[1:]:
         x = np.intersect1d(x, other)
     if not len(x):
         raise FigureError(f"{column} was measured at no common step in "
                           + ", ".join(str(run.folder) for run in runs))
-    return x, np.stack([values[np.isin(steps, x)] for steps, values in found])
+    return x, np.stack([values[np.isin(steps, x)] for steps, values in measured])
 
 
 # ---- tables -------------------------------------------------------------------------------------
@@ -180,9 +191,16 @@ def print_table(*rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
+def with_interval(values):
+    """The mean of values [n] and its interval as text; the mean alone if n is 1."""
+    low, high = students_interval(values)
+    return f"{np.mean(values):.1f}" + (f" [{low:.1f}, {high:.1f}]" if len(values) > 1 else "")
+
+
 def summary(groups):
     """Prints one row per env and variant. A seed's return is the mean of one evaluation; the area
     under its curve is divided by the steps, so that it is a return too."""
+    from scipy import stats
     rows = []
     for env, variants in groups.items():
         for label, runs in variants.items():
@@ -190,15 +208,13 @@ def summary(groups):
             last = values[:, -1]
             trapezia = (values[:, 1:] + values[:, :-1]) / 2 * np.diff(x)
             area = trapezia.sum(1) / (x[-1] - x[0]) if len(x) > 1 else last
-            low, high = bootstrap_interval(last, interquartile_mean)
-            interval = f" [{low:.1f}, {high:.1f}]" if len(runs) > 1 else ""
             seconds = sum(np.nansum(values) for run in runs for name, values in run.progress.items()
                           if name.startswith("seconds_"))
-            rows.append((env, label, str(len(runs)), f"{x[-1]:g}", f"{last.mean():.1f}",
-                         f"{area.mean():.1f}", f"{interquartile_mean(last):.1f}{interval}",
-                         f"{seconds / len(runs) / 60:.1f} min"))
-    print_table(("env", "variant", "seeds", "1000 steps", "last return", "area under curve",
-                 "IQM of last [95 %]", "wall time"), *rows)
+            rows.append((env, label, str(len(runs)), f"{x[-1]:g}", with_interval(last),
+                         f"{area.mean():.1f}", f"{stats.trim_mean(last, 0.25):.1f}",
+                         f"{seconds / len(runs) / 60:.1f} min" if seconds else "-"))
+    print_table(("env", "variant", "seeds", "1000 steps", "last return [95 %]", "area under curve",
+                 "IQM of last", "wall time"), *rows)
 
 
 # ---- drawing ------------------------------------------------------------------------------------
@@ -254,7 +270,7 @@ def curves(args):
     for ax, (env, variants) in zip(axes, groups.items()):
         for label, runs in variants.items():
             x, values = over_seeds(runs, "eval_return_mean")
-            draw_group(ax, x, values, bootstrap_interval(values), colours[label], label)
+            draw_group(ax, x, values, students_interval(values), colours[label], label)
         ax.set_title(titles[env], fontsize=9)
         ax.set(xlabel="1,000 env steps", ylabel="return per episode")
         ax.set_xlim(left=0)
@@ -276,7 +292,7 @@ def theory(args):
                 measured = [run for run in runs if len(run.curve(column)[0])]
                 if measured:
                     x, values = over_seeds(measured, column)
-                    draw_group(ax, x, values, bootstrap_interval(values), colours[label],
+                    draw_group(ax, x, values, students_interval(values), colours[label],
                                label if ls == "-" else None, ls)
         if not ax.lines:
             ax.text(0.5, 0.5, f"{' and '.join(columns)}: not measured", ha="center",
@@ -297,9 +313,9 @@ def around_switches(run, episodes):
         raise FigureError(f"{run.flags['env']} never switches its task within an episode")
     before, after = (20, 60) if period >= 100 else (math.ceil(period / 5), period)
     test = Group([m3po.make_env(args) for _ in range(episodes)])
-    found = evaluate(policy, test, m3po.seeds(0, 2, 0, episodes), args.L)
-    x, T, rows = np.arange(-before, after + 1), len(found["reward"]), []
-    for reward, switched in zip(found["reward"].T, found["switched"].T):
+    metrics = evaluate(policy, test, m3po.seeds(0, 2, 0, episodes), args.L)
+    x, T, rows = np.arange(-before, after + 1), len(metrics["reward"]), []
+    for reward, switched in zip(metrics["reward"].T, metrics["switched"].T):
         edges = [0, *np.flatnonzero(switched == 1), T]
         for last, s, following in zip(edges[:-2], edges[1:-1], edges[2:]):
             same_pair = (s + x >= last) & (s + x < following)
@@ -326,7 +342,7 @@ def adaptation(args):
     for label, runs in variants.items():
         xs, rows = zip(*(around_switches(run, args.episodes) for run in runs))
         x, values = xs[0], np.stack([known_mean(r) for r in rows])
-        interval = bootstrap_interval(values if len(runs) > 1 else rows[0], known_mean)
+        interval = students_interval(values) if len(runs) > 1 else bootstrap_interval(rows[0])
         draw_group(axes[0], x, values, interval, colours[label], label)
         mean = known_mean(values)
         before, after = known_mean(mean[x < 0]), known_mean(mean[(x >= 0) & (x < 5)])
@@ -343,13 +359,15 @@ def adaptation(args):
 
 
 def gallery(args):
-    """Figure 6: the six envs shortly after a reset, and the toy, played well."""
+    """Figure 6: the robots shortly after a reset, four in a row, and the toy, played well."""
     play.choose_gl()
-    figure, _ = play.canvas(12, 5.4, DPI)
-    top, bottom = figure.subfigures(2)
-    axes = [*top.subplots(1, 4), *bottom.subplots(1, 3, width_ratios=(1, 1, 2))]
-    for ax, name in zip(axes, sorted(envs.ENVS, key="point-fwd-bwd".__eq__)):
-        film = play.Film(envs.make(name))
+    robots = [name for name in envs.ENVS if name != "point-fwd-bwd"]
+    rows = math.ceil((len(robots) + 2) / 4)  # the toy is two wide
+    figure, _ = play.canvas(12, 2.7 * rows, DPI)
+    grid = figure.add_gridspec(rows, 4)
+    cells = [grid[divmod(i, 4)] for i in range(len(robots))] + [grid[-1, 2:]]
+    for cell, name in zip(cells, [*robots, "point-fwd-bwd"], strict=True):
+        ax, film = figure.add_subplot(cell), play.Film(envs.make(name))
         film.reset(seed=29)
         for _ in range(100 if play.is_toy(film) else 8):
             size = film.unwrapped.clock.task[0] if play.is_toy(film) else 0.0
@@ -379,7 +397,8 @@ def build_parser():
         c = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         c.set_defaults(draw=draw)
         if draw is not gallery:
-            c.add_argument("runs", nargs="+", metavar="RUN_DIR", help="run folders")
+            c.add_argument("runs", nargs="+", metavar="RUN_DIR",
+                           help="run folders, or what is kept of them in results/")
         if draw is adaptation:
             c.add_argument("--episodes", type=m3po.count, default=20, help="per agent (20)")
         c.add_argument("--out", required=True, type=play.output_path(".png", ".pdf", ".svg"),
@@ -392,6 +411,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         play.need("figures.py", "matplotlib")
+        play.need("figures.py", "scipy")
         args.draw(args)
     except (FigureError, play.PlayError, OSError) as error:
         parser.error(str(error))
