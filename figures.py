@@ -362,12 +362,12 @@ def gallery(args):
     """Figure 6: the robots shortly after a reset, four in a row, and the toy, played well."""
     play.choose_gl()
     robots = [name for name in envs.ENVS if name != "point-fwd-bwd"]
-    rows = math.ceil((len(robots) + 2) / 4)  # the toy is two wide
-    figure, _ = play.canvas(12, 2.7 * rows, DPI)
-    grid = figure.add_gridspec(rows, 4)
-    cells = [grid[divmod(i, 4)] for i in range(len(robots))] + [grid[-1, 2:]]
-    for cell, name in zip(cells, [*robots, "point-fwd-bwd"], strict=True):
-        ax, film = figure.add_subplot(cell), play.Film(envs.make(name))
+    n_rows = math.ceil((len(robots) + 2) / 4)
+    figure, _ = play.canvas(12, 2.7 * n_rows, DPI)
+    rows = [(row, row.add_gridspec(1, 4)) for row in figure.subfigures(n_rows, squeeze=False)[:, 0]]
+    places = [(*rows[i // 4], i % 4) for i in range(len(robots))] + [(*rows[-1], slice(2, 4))]
+    for (row, grid, place), name in zip(places, [*robots, "point-fwd-bwd"], strict=True):
+        ax, film = row.add_subplot(grid[place]), play.Film(envs.make(name))
         film.reset(seed=29)
         for _ in range(100 if play.is_toy(film) else 8):
             size = film.unwrapped.clock.task[0] if play.is_toy(film) else 0.0

@@ -8,8 +8,9 @@
 
 The robot's colour is the hidden task: blue forwards, red backwards, or the dead leg red; in the
 walker the torso darkens with its mass and the ground with its friction, on the pier the blocks with
-their damping. The agent runs in `evaluation.evaluate`, as in training, while a film keeps where the robot
-was; pictures are made afterwards from a copy of the simulator's model, so they change nothing.
+their damping. The agent runs in `evaluation.evaluate`, as in training, while a film keeps what
+happened. Pictures are made afterwards and change nothing: of MuJoCo's envs from a copy of the
+model, of another env that renders "rgb_array" by playing the film's actions again.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import closing
 from pathlib import Path
 
 ASKED_GL = os.environ.pop("MUJOCO_GL", None)  # if set and broken, `import mujoco` fails
@@ -54,18 +56,21 @@ class PlayError(Exception):
 
 
 class Film(gym.Wrapper):
-    """Keeps one episode: step t had tasks[t] and rewards[t] and led to states[t + 1].
+    """Keeps one episode: its seed; of step t actions[t], tasks[t], rewards[t] and states[t + 1].
 
-    A state is MuJoCo's qpos, or the toy's [x]; its first entry is the position along the track.
+    A state is MuJoCo's qpos or the toy's [x]: its first entry is the position along the track. In
+    any other env it is [the reward so far].
     """
 
     def keep_state(self):
-        env = self.env.unwrapped
-        self.states.append(np.array([env.x]) if is_toy(env) else env.data.qpos.copy())
+        env = self.unwrapped
+        self.states.append(env.data.qpos.copy() if has_simulator(env) else
+                           np.array([env.x if is_toy(env) else sum(self.rewards)]))
 
-    def reset(self, **kwargs):
-        result = self.env.reset(**kwargs)
-        self.states, self.tasks, self.switches, self.rewards = [], [], [], []
+    def reset(self, *, seed=None, options=None):
+        result = self.env.reset(seed=seed, options=options)
+        self.seed, self.actions, self.states = seed, [], []
+        self.tasks, self.switches, self.rewards = [], [], []
         self.keep_state()
         return result
 
@@ -74,6 +79,7 @@ class Film(gym.Wrapper):
         info = result[4]
         if info.get("switched"):
             self.switches.append(len(self))
+        self.actions.append(np.array(action))
         self.tasks.append(info.get("task"))
         self.rewards.append(result[1])
         self.keep_state()
@@ -83,14 +89,16 @@ class Film(gym.Wrapper):
         return len(self.rewards)
 
     def colour(self, t):
-        """Of step t's direction, grey where the task is none."""
-        env = self.env.unwrapped
-        directed = is_toy(env) or getattr(env, "has_direction", False)
-        return COLOURS[int(np.sign(self.tasks[t][0])) if directed else 0]
+        """Of step t's direction, or of another env's task if that is one number; else grey."""
+        one = np.size(self.tasks[t]) == 1 and self.tasks[t] is not None
+        directed = getattr(self.unwrapped, "has_direction", one)
+        return COLOURS[int(np.sign(np.ravel(self.tasks[t])[0])) if directed else 0]
 
     def words(self, t):
         """Step t's hidden task as a person would say it."""
-        env, task = self.env.unwrapped, self.tasks[t]
+        env, task = self.unwrapped, self.tasks[t]
+        if not is_toy(env) and not isinstance(env, envs.HiddenTaskMujoco):
+            return "" if task is None else "task " + " ".join(f"{x:.3g}" for x in np.ravel(task))
         if isinstance(env, envs.AntCrippledLeg):
             return f"leg {np.argmax(task) + 1} dead"
         if isinstance(env, envs.HalfCheetahPier):
@@ -107,6 +115,28 @@ class Film(gym.Wrapper):
 
 def is_toy(env):
     return isinstance(env.unwrapped, envs.PointFwdBwd)
+
+
+def has_simulator(env):
+    return isinstance(getattr(env.unwrapped, "data", None), mujoco.MjData)
+
+
+def replay(film, render_mode):
+    """Plays a film's actions again from its seed, in an env that renders: yields (t, env)."""
+    with closing(envs.make(film.spec.id, render_mode=render_mode)) as env:
+        env.reset(seed=film.seed)
+        for t, action in enumerate(film.actions):
+            env.step(action)
+            yield t, env
+
+
+def pictures(film, steps, **size):
+    """Yields (t, pixels [H, W, 3] of what step t led to) for each of these steps."""
+    if not has_simulator(film):
+        yield from ((t, env.render()) for t, env in replay(film, "rgb_array") if t in steps)
+        return
+    with closing(Stage(film, **size)) as stage:
+        yield from ((t, stage.frame(t)) for t in steps)
 
 
 # ---- MuJoCo's robots ----------------------------------------------------------------------------
@@ -184,6 +214,11 @@ class Stage:
 
 def view(film, start, end):
     """Steps [start, end) in a window, in real time, until they are over or the window closed."""
+    if not has_simulator(film):
+        for t, _ in replay(film, "human"):  # which draws at each step, in its own time
+            if t + 1 == end:
+                break
+        return
     import glfw
     stage = Stage(film, window=True, width=960, height=720)
     for t in range(start, end):
@@ -221,8 +256,8 @@ def draw_timeline(ax, film, start, end):
         ax.axvline(cut, color="black", lw=1, ls="--")
         side = "left" if cut < (start + end) / 2 else "right"
         ax.text(cut, 0.03, f" switch at {cut} ", ha=side, **above)
-    ax.set(xlim=(start, end), xlabel="env step",
-           ylabel="position x" if is_toy(film) else "position x (m)")
+    ax.set(xlim=(start, end), xlabel="env step", ylabel="position x" if is_toy(film) else
+           "position x (m)" if has_simulator(film) else "reward so far")
 
 
 def strip(film, path, start, end):
@@ -232,33 +267,33 @@ def strip(film, path, start, end):
     ax = figure.add_subplot(grid[-1])
     draw_timeline(ax, film, start, end)
     if not is_toy(film):
-        stage = Stage(film, width=HEIGHT, height=HEIGHT)
         steps = np.unique(np.linspace(start, end - 1, SNAPSHOTS).astype(int))
         row = grid[0].subgridspec(1, len(steps), wspace=0.02)
-        for i, t in enumerate(steps):
+        shots = pictures(film, steps, width=HEIGHT, height=HEIGHT)
+        for i, (t, pixels) in enumerate(shots):
             place = figure.add_subplot(row[i], xticks=[], yticks=[])
-            place.imshow(stage.frame(t))
+            place.imshow(pixels)
             place.spines[:].set(color=film.colour(t), linewidth=3)
             moved = film.states[t + 1][0] - film.states[max(t - 9, 0)][0]  # in ten steps, metres
-            arrow = "" if abs(moved) < 0.02 else r"$\rightarrow$" if moved > 0 else r"$\leftarrow$"
+            still = abs(moved) < 0.02 or not has_simulator(film)
+            arrow = "" if still else r"$\rightarrow$" if moved > 0 else r"$\leftarrow$"
             place.set_title(f"{t} {arrow}", fontsize=11)
             ax.plot(t, film.states[t + 1][0], "o", color="black", ms=3)
-        stage.close()
     figure.savefig(path)
 
 
-def robot_frames(film, steps):
+def env_frames(film, steps):
     """An array [H, W, 3] per step, with a caption."""
     from PIL import Image, ImageDraw, ImageFont
-    stage = Stage(film)
-    for t in steps:
-        image = Image.fromarray(stage.frame(t))
+    for t, pixels in pictures(film, steps):
+        image = Image.fromarray(pixels)
+        if image.width != WIDTH:  # an even height, for videos
+            image = image.resize((WIDTH, round(WIDTH * image.height / image.width / 2) * 2))
         draw = ImageDraw.Draw(image)
         draw.rectangle((0, 0, WIDTH, 24), fill="white")
         draw.rectangle((0, 24, WIDTH, 27), fill=film.colour(t))
         draw.text((8, 4), film.caption(t), fill="black", font=ImageFont.load_default(15))
         yield np.asarray(image)
-    stage.close()
 
 
 def toy_frames(film, steps, start, end):
@@ -279,8 +314,9 @@ def toy_frames(film, steps, start, end):
 def video(film, path, start, end, every):
     """A GIF or MP4 of steps [start, end), in real time up to 20 frames per second."""
     steps = range(start, end, every or (1 if is_toy(film) else 2))
-    frames = toy_frames(film, steps, start, end) if is_toy(film) else robot_frames(film, steps)
-    seconds = max(getattr(film.unwrapped, "dt", 0.1) * steps.step, 0.05)
+    frames = toy_frames(film, steps, start, end) if is_toy(film) else env_frames(film, steps)
+    dt = getattr(film.unwrapped, "dt", 1 / film.metadata.get("render_fps", 10))
+    seconds = max(dt * steps.step, 0.05)
     if path.suffix == ".mp4":
         import imageio
         with imageio.get_writer(path, fps=1 / seconds, macro_block_size=2) as writer:
@@ -318,8 +354,9 @@ def report(episodes, gamma, early):
     if np.isfinite(s["eval_right_way"]):
         print(f"right way    {s['eval_right_way']:.0%} of the steps")
     if np.isfinite(s["eval_reward_after_switch"]):
-        print(f"per step     {s['eval_reward_after_switch']:.3f} in the {early} steps after a switch, "
-              f"{s['eval_reward_otherwise']:.3f} otherwise")
+        after, otherwise = s["eval_reward_after_switch"], s["eval_reward_otherwise"]
+        print(f"per step     {after:.3f} in the {early} steps after a switch, {otherwise:.3f} "
+              "otherwise")
 
 
 def output_path(*endings):
@@ -341,24 +378,27 @@ def need(what, package):
 
 def check(args, env):
     """Refuses what this machine or this env cannot show, before any episode runs."""
-    toy, pictures = is_toy(env), bool(args.video or args.strip)
+    toy, pictures = is_toy(env), args.video or args.strip
     if args.window and args.window[0] >= args.window[1]:
         raise PlayError("argument --window: FROM must lie before TO")
-    if not toy and (pictures or args.view) and not hasattr(env.unwrapped, "data"):
-        raise PlayError("pictures are only for the toy and for MuJoCo's envs")
+    modes = env.metadata.get("render_modes", ())
+    if not (toy or has_simulator(env)):
+        for wanted, mode in ((pictures, "rgb_array"), (args.view, "human")):
+            if wanted and mode not in modes:
+                raise PlayError(f"{env.spec.id} does not render {mode!r}: nothing to show")
     if args.video and args.video.suffix == ".mp4":
         need("an .mp4", "imageio-ffmpeg")
     if args.strip or args.video and toy:
         need("this picture", "matplotlib")
     if args.view and toy:
         raise PlayError("the toy has no window; --video PATH and --strip PATH draw it")
-    if args.view:
+    if args.view and has_simulator(env):
         import glfw
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its reason is a warning of two lines
             if not has_display() or not glfw.init():
                 raise PlayError(NO_DISPLAY)
-    if pictures and not toy:
+    if pictures and has_simulator(env):
         choose_gl()
 
 
@@ -413,7 +453,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         play(args)
-    except (PlayError, OSError) as error:
+    except (PlayError, envs.EnvError, OSError) as error:
         parser.error(str(error))
 
 
