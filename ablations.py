@@ -11,7 +11,6 @@ rest. Stop it with Ctrl-C at any time; the same command goes on. A run that fail
 others; it is named at the end, with its log.
 """
 
-import argparse
 import importlib.util
 import json
 import math

@@ -12,7 +12,6 @@ seed faint; bands are Student's 95 % intervals, because a bootstrap over two to 
 too little. A table prints beside each plot. Figure 4 comes from bounds.py.
 """
 
-import argparse
 import csv
 import json
 import math

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import json
 import math
 import random
 
@@ -306,6 +307,20 @@ def needs_opengl():
         play.choose_gl()
     except play.PlayError as reason:
         pytest.skip(str(reason))
+
+
+def fake_run(folder, returns=(1.0, 3.0), seed=0, steps=None, **flags):
+    """A run folder with a hand-written learning curve, 1,000 env steps between evaluations."""
+    folder.mkdir()
+    args = vars(m3po.parse_args(["--seed", str(seed), "--out", str(folder / "x")])[0])
+    (folder / "config.json").write_text(json.dumps({"flags": args | flags}))
+    with open(folder / "progress.csv", "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["epoch", "global_step", "eval_return_mean", "td_error", "seconds_fit"])
+        for i, value in enumerate(returns):
+            step = steps[i] if steps else 1_000 * (i + 1)
+            writer.writerow([i + 1, step, value, "" if i else 0.5, 30.0])
+    return folder
 
 
 def error_line(capsys, module, *argv):

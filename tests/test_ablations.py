@@ -1,7 +1,9 @@
 """ablations.py: a table of variants, each trained with several seeds."""
 
 import fcntl
+import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -9,13 +11,13 @@ import time
 
 import numpy as np
 import pytest
-import torch
 
 import ablations
 import envs
 import figures
 import m3po
-from tests.conftest import TINY, assert_refused, assert_same_run, error_line, read_rows, run
+from tests.conftest import (TINY, assert_refused, assert_same_run, error_line, fake_run, read_rows,
+                            run)
 
 
 @pytest.mark.parametrize("label", ablations.ROWS)
@@ -24,17 +26,6 @@ def test_a_row_of_the_ablations_is_the_variant_that_figures_name(label):
     named = figures.variant(m3po.differences(args))
     assert named.replace(" ", "").startswith(label.replace(" ", ""))
     assert (named == "M3PO") == (label == "M3PO")
-
-
-def test_students_interval_of_known_values():
-    assert ablations.interval([7.0]) == "7.0"
-    assert ablations.interval([1, 2, 3, 4, 5]) == "3.0 [1.0, 5.0]"  # 2.776 sqrt(2.5 / 5) = 1.963
-    assert ablations.interval([0, 1]) == "0.5 [-5.9, 6.9]"  # 12.706 / 2 = 6.353
-    for n, quantile in ablations.T95.items():  # 95 % of the density lies within
-        x = np.linspace(-quantile, quantile, 20_001)
-        student = torch.distributions.StudentT(torch.tensor(n - 1, dtype=torch.float64))
-        density = student.log_prob(torch.as_tensor(x)).exp().numpy()
-        assert np.trapezoid(density, x) == pytest.approx(0.95, abs=4e-5)
 
 
 def test_who_repeats_the_way_that_paid_last_gets_the_closed_form():
@@ -55,7 +46,7 @@ def test_who_repeats_the_way_that_paid_last_gets_the_closed_form():
 
 def test_ablations_skip_what_is_finished_go_on_with_what_is_not_and_outlive_a_failure(
         tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
+    out, results = tmp_path / "out", tmp_path / "results"
     run(out / "m3po/seed0")
     with monkeypatch.context() as patch:  # stopped between the first epoch and the second
         patch.setattr(m3po, "finish_epoch", lambda args, env, p, *rest, first=m3po.finish_epoch:
@@ -65,7 +56,8 @@ def test_ablations_skip_what_is_finished_go_on_with_what_is_not_and_outlive_a_fa
     (out / "k2").mkdir()
     (out / "k2/seed0").touch()  # where a folder should be
     before = (out / "m3po/seed0/checkpoint.pt").stat().st_mtime_ns
-    flags = ["--only", "m3po", "k2", "blind", "--seeds", "0", "--out", str(out), "--", *TINY]
+    flags = ["--only", "m3po", "k2", "blind", "--seeds", "0", "--out", str(out),
+             "--results", str(results), "--", *TINY]
     assert ablations.main(flags) == 1
     said = capsys.readouterr().out
     assert "3 runs, 1 of them finished before" in said
@@ -82,12 +74,50 @@ def test_ablations_skip_what_is_finished_go_on_with_what_is_not_and_outlive_a_fa
     assert f"| {returns[-1]:.1f} | {np.mean(returns):.1f} | {way:.2f} |" in rows[0]
     assert rows[1].endswith("| `--k 2` | - | - | - | - / - | - | - |")
 
-    with pytest.raises(ValueError, match="was trained with G 2, not 3; use another --out"):
+    assert sorted(str(path.relative_to(results)) for path in results.rglob("*.*")) == sorted(
+        f"{slug}/seed0/{name}" for slug in ("m3po", "blind")
+        for name in ("config.json", "progress.csv"))
+    for slug in ("m3po", "blind"):
+        config = (results / slug / "seed0/config.json").read_text()
+        assert str(tmp_path) not in config and json.loads(config)["flags"]["out"] == f"{slug}/seed0"
+        log = (out / slug / "seed0/progress.csv").read_bytes()
+        assert (results / slug / "seed0/progress.csv").read_bytes() == log
+
+    with pytest.raises(ValueError, match="was trained with G 2, not 3; use another --results"):
         ablations.main([*flags, "--G", "3"])
+    other = [*flags[:-len(TINY) - 2], str(tmp_path / "other"), *flags[-len(TINY) - 1:]]
+    with pytest.raises(ValueError, match="was trained with G 2, not 3; use another --out"):
+        ablations.main([*other, "--G", "3"])
     capsys.readouterr()
     with open(out / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "still go on" in error_line(capsys, ablations, *flags)
+
+
+def test_what_the_results_hold_is_finished_on_any_machine(tmp_path, monkeypatch, capsys):
+    """From git alone: no run folder, no agent, and other columns than today's."""
+    here, there = tmp_path / "results/m3po", fake_run(tmp_path / "fake", (1, 3), steps=(1500, 3000))
+    shutil.copytree(there, here / "seed0")
+    flags = ["--only", "m3po", "--seeds", "0", "--out", str(tmp_path / "out"), "--results",
+             str(tmp_path / "results")]
+    monkeypatch.setattr(ablations, "start", lambda *_: pytest.fail("it was finished"))
+    assert ablations.main(flags) == 0
+    said = capsys.readouterr().out
+    assert "1 runs, 1 of them finished before" in said
+    assert "| 3.0 | 2.0 | - | - / - | - | 0 |" in said
+    figures.main(["curves", str(here / "seed0"), "--out", str(tmp_path / "c.png")])
+
+    rows = (here / "seed0/progress.csv").read_text().splitlines()
+    (here / "seed0/progress.csv").write_text("\n".join(rows[:-1]) + "\n")
+    with pytest.raises(pytest.fail.Exception):  # half a run is none
+        ablations.main(flags)
+
+
+def test_where_there_is_no_fcntl_nobody_is_kept_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations.importlib.util, "find_spec", lambda name: None)
+    with open(tmp_path / "lock", "w") as mine, open(tmp_path / "lock") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert ablations.locked(mine)
 
 
 def test_stopping_the_ablations_sends_each_run_one_signal_and_waits_until_it_has_saved(tmp_path):
@@ -110,7 +140,7 @@ def test_stopping_the_ablations_sends_each_run_one_signal_and_waits_until_it_has
     try:
         with open(tmp_path / "lock", "w") as lock, pytest.raises(KeyboardInterrupt):
             threading.Thread(target=stop, daemon=True).start()
-            ablations.run_all(todo, 2, lock)
+            ablations.run_all(todo, 2, lock, {})
     finally:
         signal.signal(signal.SIGINT, before)
     assert [(folder / "saved").exists() for folder in folders] == [True, True, False]

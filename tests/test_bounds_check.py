@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 import bounds
+import bounds_check
 
 
 # --- Lemma 3 and Eqs. 4-8 on problems solved by brute force ---------------------------------------
 
 
 def small_problem(seed, horizon=2):
-    return bounds.random_problem(np.random.default_rng(seed), horizon=horizon)
+    return bounds_check.random_problem(np.random.default_rng(seed), horizon=horizon)
 
 
 def brute_force_pomdp_return(problem, gamma):
@@ -48,8 +49,8 @@ def brute_force_pomdp_return(problem, gamma):
 def test_lemma_3_value_of_the_history_mdp_is_the_value_of_the_pomdp(seed):
     problem, gamma = small_problem(seed), 0.9
     brute = brute_force_pomdp_return(problem, gamma)
-    assert bounds.solve(problem, gamma, [1])["true"] == pytest.approx(brute, abs=1e-12)
-    assert bounds.pomdp_return(problem, gamma) == pytest.approx(brute, abs=1e-12)
+    assert bounds_check.solve(problem, gamma, [1])["true"] == pytest.approx(brute, abs=1e-12)
+    assert bounds_check.pomdp_return(problem, gamma) == pytest.approx(brute, abs=1e-12)
 
 
 def slow_law(problem, law, policy, dynamics, steps):
@@ -67,7 +68,7 @@ def slow_law(problem, law, policy, dynamics, steps):
 def test_returns_and_errors_equal_equations_4_to_8_written_out(seed):
     problem, gamma, ks, n = small_problem(seed), 0.6, (1, 2, 4), 60  # 0.6^60 = 5e-14
     start = {h: problem.start[h] for h in np.flatnonzero(problem.start)}
-    s = bounds.solve(problem, gamma, ks)
+    s = bounds_check.solve(problem, gamma, ks)
     frozen = problem.steps  # laws stand still after that, so later ones need no computing
     data = [
         slow_law(problem, start, problem.data_policy, problem.real, t)
@@ -126,7 +127,7 @@ def test_returns_and_errors_equal_equations_4_to_8_written_out(seed):
 
 
 def test_history_tree_lists_every_history_once():
-    child, depth, rank = bounds.history_tree(3)
+    child, depth, rank = bounds_check.history_tree(3)
     assert [int((depth == t).sum()) for t in range(4)] == [2, 8, 32, 128]
     inner = depth < 3
     reached = child[inner].ravel()
@@ -141,7 +142,7 @@ def test_history_tree_lists_every_history_once():
 
 
 def test_every_bound_holds_on_random_problems_and_lemma_3_too():
-    rows, lemma3, lemma1 = bounds.verify(n_problems=250, seed=7, ks=(1, 2, 5))
+    rows, lemma3, lemma1 = bounds_check.verify(n_problems=250, seed=7, ks=(1, 2, 5))
     assert len(rows) == 2 + 3 * 5
     for key, row in rows.items():
         assert row.shape == (250, 2) and np.all(np.isfinite(row)), key
@@ -154,7 +155,8 @@ def test_every_bound_holds_on_random_problems_and_lemma_3_too():
 def test_worst_case_attains_the_sharp_bounds_for_small_errors():
     for ratio in (0.0, 0.3, 1.0):  # all policy error, mixed, all model error
         eps_m, eps_pi = 1e-5 * ratio, 1e-5 * (1 - ratio)
-        s, gaps = bounds.check_bounds(bounds.worst_case_problem(eps_m, eps_pi, 0.9), 0.9, (1, 4))
+        problem = bounds_check.worst_case_problem(eps_m, eps_pi, 0.9)
+        s, gaps = bounds_check.check_bounds(problem, 0.9, (1, 4))
         assert (s["eps_m"], s["eps_pi"]) == pytest.approx((eps_m, eps_pi), rel=1e-9)
         for (name, k), (gap, bound) in gaps.items():
             assert gap <= bound * (1 + 1e-6) + 1e-10
@@ -164,15 +166,15 @@ def test_worst_case_attains_the_sharp_bounds_for_small_errors():
 
 def test_worst_case_breaks_no_bound_for_large_errors_either():
     for eps_m, eps_pi, gamma in itertools.product((0.0, 0.1, 1.0), (0.0, 0.3, 1.0), (0.3, 0.9)):
-        _, gaps = bounds.check_bounds(
-            bounds.worst_case_problem(eps_m, eps_pi, gamma), gamma, (1, 2, 9)
+        _, gaps = bounds_check.check_bounds(
+            bounds_check.worst_case_problem(eps_m, eps_pi, gamma), gamma, (1, 2, 9)
         )
         for key, (gap, bound) in gaps.items():
             assert abs(gap) <= bound + 1e-9, key
 
 
 def test_lemma_1_counts_one_action_too_few():
-    s = bounds.solve(bounds.worst_case_problem(0.0, 0.1, 0.9), 0.9, (1,))
+    s = bounds_check.solve(bounds_check.worst_case_problem(0.0, 0.1, 0.9), 0.9, (1,))
     over_h, over_h_and_a = s["drift"]
     assert over_h[1] == pytest.approx(2 * 0.1)  # 2 t eps_pi: right for h_t
     assert over_h_and_a[1] == pytest.approx(2 * (1 - 0.9**2))  # 0.38 > 2 t eps_pi = 0.2
@@ -180,7 +182,7 @@ def test_lemma_1_counts_one_action_too_few():
 
 
 def test_with_the_last_action_from_the_data_policy_the_tight_bound_is_attained_at_k_1():
-    _, gaps = bounds.check_bounds(bounds.worst_case_problem(1e-5, 1e-5, 0.9), 0.9, (1,))
+    _, gaps = bounds_check.check_bounds(bounds_check.worst_case_problem(1e-5, 1e-5, 0.9), 0.9, (1,))
     gap, bound = gaps["Theorem 2, tight, a_t ~ pi_D", 1]
     assert 0.999 * bound < gap < bound
     sharp = gaps["Theorem 2, sharp (ours)", 1][1]
@@ -188,9 +190,9 @@ def test_with_the_last_action_from_the_data_policy_the_tight_bound_is_attained_a
 
 
 def test_r_max_must_bound_the_absolute_reward():
-    problem = bounds.worst_case_problem(0.01, 0.01, 0.9)
+    problem = bounds_check.worst_case_problem(0.01, 0.01, 0.9)
     problem = dataclasses.replace(problem, reward=problem.reward - 1)  # rewards in [-2, 0]
-    s = bounds.solve(problem, 0.9, (1,))
+    s = bounds_check.solve(problem, 0.9, (1,))
     gap = s["branched"][0] - s["true"]
     assert problem.reward.max() == 0  # Sec. 5.1 would allow any r_max > 0
     assert gap > bounds.branched_rollout_gap(s["eps_m"], s["eps_pi"], 0.9, 1, r_max=0.01)
@@ -201,6 +203,6 @@ def test_verification_reports_a_bound_that_is_too_small(monkeypatch, capsys):
     def too_small(*args):
         return 1e-9 * bounds.full_rollout_gap(*args)
 
-    monkeypatch.setattr(bounds, "FULL_BOUNDS", (("Wrong", "full", too_small, "eps_pi"),))
-    assert bounds.print_verification(5, 0) == 1
+    monkeypatch.setattr(bounds_check, "FULL_BOUNDS", (("Wrong", "full", too_small, "eps_pi"),))
+    assert bounds_check.print_verification(5, 0) == 1
     assert "BROKE: Wrong, k = -: 5 times" in capsys.readouterr().out

@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+import traceback
 import weakref
 from pathlib import Path
 
@@ -528,7 +529,7 @@ def test_zero_and_random_actions_give_the_reference_returns(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_rule_for_model_rollouts_equals_the_envs_flag(name):
     env = envs.make(name)
-    rule = envs.termination_fn(env)
+    rule = envs.terminated_fn(env)
     assert envs.termination_known(env)
     seen, flags = [], []
     for seed in range(3 if name in ("halfcheetah-fwd-bwd", "halfcheetah-pier") else 12):
@@ -549,7 +550,7 @@ def test_the_rule_for_model_rollouts_equals_the_envs_flag(name):
         assert np.array_equal(np.asarray(answer).ravel(), flags)
     oracle = envs.make(name, oracle=True)
     task = np.full((len(seen), oracle.unwrapped.task_dim), -9.0, np.float32)
-    told = envs.termination_fn(oracle)(np.concatenate((seen, task), axis=1))
+    told = envs.terminated_fn(oracle)(np.concatenate((seen, task), axis=1))
     assert np.array_equal(told, flags)
 
 
@@ -568,7 +569,7 @@ def test_the_rule_for_model_rollouts_equals_the_envs_flag(name):
 )
 def test_the_limits_hold_to_the_last_float32_in_numpy_and_torch(name, dim, limit, dead_at_limit):
     env, obs = make_fixed(name)
-    rule = envs.termination_fn(env)
+    rule = envs.terminated_fn(env)
     healthy = np.tile(obs, (3, 1))
     healthy[:, :2] = (1.3 if dim or name.startswith(("walker", "humanoid")) else 0.5, 0.0)
     limit = np.float32(limit)
@@ -629,21 +630,25 @@ def test_a_non_finite_reward_or_observation_is_a_fault_in_any_env():
 class Own(gym.Env):
     """A user's env whose every oddity is an argument."""
 
-    def __init__(self, obs=None, action=None, old_step=False, old_reset=False, bad=None, **_):
+    def __init__(self, obs=None, action=None, old_step=False, old_reset=False, bad=None, **says):
         self.observation_space = obs or Box(-np.inf, np.inf, (3,), np.float64)
         self.action_space = action or Box(-1, 1, (2,), np.float32)
-        self.old_step, self.old_reset, self.bad = old_step, old_reset, bad
+        self.old_step, self.old_reset, self.bad, self.says = old_step, old_reset, bad, says
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.actions = []
-        return np.full(3, 0.1) if self.old_reset else (np.full(3, 0.1), {})
+        first = np.full(3, 0.1), self.says.get("reset_info", {})
+        return first[0] if self.old_reset else first
 
     def step(self, action):
         self.actions.append(action)
         obs = np.full(3, np.nan if self.bad == 0 else 0.1)
-        reward = np.inf if self.bad == 1 else 1.0
-        return (obs, reward, True, {}) if self.old_step else (obs, reward, True, False, {})
+        reward = np.inf if self.bad == 1 else self.says.get("reward", 1.0)
+        terminated, info = self.says.get("terminated", True), self.says.get("info", {})
+        truncated = self.says.get("truncated", False)
+        return ((obs, reward, True, {}) if self.old_step else
+                (obs, reward, terminated, truncated, info))
 
 
 gym.register("Own-v0", entry_point=Own, max_episode_steps=5)
@@ -672,6 +677,18 @@ def make_own(monkeypatch, **kwargs):
         ({"obs": Discrete(5)}, "Discrete observation"),
         ({"old_step": True}, "old API: step"),
         ({"old_reset": True}, "old API: reset"),
+        ({"action": Box(0, 1, (0,))}, "action space has no dimensions"),
+        ({"obs": Box(0, 1, (0,))}, "observation space has no dimensions"),
+        ({"action": Box(np.array([-1, 2], np.float32), np.array([1, 2], np.float32))},
+         "action dimension 1 reaches from 2 to 2"),
+        ({"reward": np.array([1.0])}, "array([1.]) as reward; M3PO needs a number"),
+        ({"reward": None}, "None as reward"),
+        ({"reward": "1"}, "'1' as reward"),
+        ({"terminated": np.array([True])}, "array([ True]) as terminated; M3PO needs a bool"),
+        ({"terminated": None}, "None as terminated"),
+        ({"truncated": "no"}, "'no' as truncated"),
+        ({"info": None}, "step returned None as info"),
+        ({"reset_info": None}, "reset returned None as info"),
     ],
 )
 def test_what_m3po_cannot_use_is_refused_by_name_in_one_line(monkeypatch, kwargs, word):
@@ -709,17 +726,96 @@ def own_broken(self, *_, **__):
     raise LookupError("the motor\ndoes not answer")
 
 
-@pytest.mark.parametrize("method, function, says", [
-    ("reset", own_old_reset, "old API: reset"), ("reset", own_broken, "LookupError"),
-    ("step", own_broken, "LookupError"), ("__init__", own_broken, "LookupError")])
-def test_what_an_own_env_raises_is_one_line_with_its_place(monkeypatch, method, function, says):
-    monkeypatch.setattr(Own, method, function)
-    with pytest.raises(envs.EnvError, match=says) as error:
+def test_a_reset_without_a_seed_is_refused_as_the_old_api(monkeypatch):
+    monkeypatch.setattr(Own, "reset", own_old_reset)
+    with pytest.raises(envs.EnvError, match="^Own-v0: old API: reset must take a seed"):
         envs.make("Own-v0")
+
+
+@pytest.mark.parametrize("method, where", [
+    ("reset", "its first reset"), ("step", "its first step"), ("__init__", "making it"),
+    ("terminated_fn", "terminated_fn, asked about a NumPy array (3, 3)")])
+def test_what_an_own_env_raises_keeps_its_traceback_below_a_line_that_names_the_env(
+        monkeypatch, capsys, method, where):
+    monkeypatch.setattr(Own, method, own_broken, raising=False)
+    with pytest.raises(LookupError, match="the motor\ndoes not answer") as error:
+        envs.make("Own-v0")
+    lines = {frame.lineno for frame in traceback.extract_tb(error.value.__traceback__)}
+    for cause in filter(None, (error.value.__cause__, error.value.__context__)):  # raised anew
+        lines |= {frame.lineno for frame in traceback.extract_tb(cause.__traceback__)}
+    assert own_broken.__code__.co_firstlineno + 1 in lines
+    assert capsys.readouterr().err == f"Own-v0: the env's own code failed in {where}\n"
+
+
+@pytest.mark.parametrize("rule, says", [
+    (lambda next_obs: False, "NumPy array (3, 3) with False"),
+    (lambda next_obs: next_obs > 1, "NumPy array (3, 3) with array"),
+    (lambda next_obs: next_obs[..., 0], "NumPy array (3, 3) with array"),
+    (lambda next_obs: np.asarray(next_obs)[..., 0] > 1, "torch array (3, 3) with array([False"),
+    (lambda next_obs: next_obs.sum(-1) * 1.0, "NumPy array (3, 3) with array"),
+])
+def test_a_rule_that_gives_no_bool_per_row_is_refused_at_once(monkeypatch, rule, says):
+    monkeypatch.setattr(Own, "terminated_fn", staticmethod(rule), raising=False)
+    with pytest.raises(envs.EnvError, match=re.escape(says)) as error:
+        envs.make("Own-v0")
+    assert str(error.value).startswith("Own-v0: terminated_fn") and "\n" not in str(error.value)
+
+
+def test_an_end_that_no_rule_foresees_is_said_once(monkeypatch, capsys):
+    envs.say_once.cache_clear()
+    for terminated_fn in (False, True):
+        if terminated_fn:
+            rule = staticmethod(lambda next_obs: next_obs[..., 0] > 9)
+            monkeypatch.setattr(Own, "terminated_fn", rule, raising=False)
+        env = make_own(monkeypatch)
+        for _ in range(2):
+            env.reset(seed=0)
+            assert env.step(np.zeros(2, np.float32))[2]
+        said = capsys.readouterr().out
+        assert said.count("Own-v0 terminated, but gives no terminated_fn") == 1 - terminated_fn
+
+
+@pytest.mark.parametrize("task", [2.0, np.array([1.0, -1.0]), [True]])
+def test_an_own_env_that_names_its_task_has_an_oracle(monkeypatch, task):
+    info = {"task": task}
+    monkeypatch.setattr(Own, "terminated_fn", lambda self, o: o[..., -1] > 0.05, raising=False)
+    monkeypatch.setitem(gym.registry["Own-v0"].kwargs, "reset_info", info)
+    monkeypatch.setitem(gym.registry["Own-v0"].kwargs, "info", info)
+    env = envs.make("Own-v0", oracle=True)
+    shown = np.float32([0.1, 0.1, 0.1, *np.atleast_1d(task)])
+    assert env.observation_space == Box(-np.inf, np.inf, shown.shape, np.float32)
+    assert np.array_equal(env.reset(seed=0)[0], shown)
+    obs = env.step(np.zeros(2, np.float32))[0]
+    assert np.array_equal(obs, shown) and obs.dtype == np.float32
+    assert envs.terminated_fn(env)(obs)  # the rule sees the env's own observation, not the task
+
+
+@pytest.mark.parametrize("first, then", [
+    ({}, {}), ({"task": 1}, {}), ({"task": "left"}, {"task": "left"}),
+    ({"task": [1, 2]}, {"task": 1})])
+def test_an_oracle_of_an_env_that_names_no_task_is_refused(monkeypatch, first, then):
+    monkeypatch.setitem(gym.registry["Own-v0"].kwargs, "reset_info", first)
+    monkeypatch.setitem(gym.registry["Own-v0"].kwargs, "info", then)
+    with pytest.raises(envs.EnvError, match=r"^Own-v0: oracle needs info\['task'\]"):
+        envs.make("Own-v0", oracle=True)
+
+
+def test_a_module_that_is_not_the_users_is_named_with_its_file(tmp_path, monkeypatch):
+    with pytest.raises(envs.EnvError) as error:
+        envs.make("envs:MyEnv-v0")
     message = str(error.value)
-    assert message.startswith("Own-v0: ") and "\n" not in message
-    if function is own_broken:
-        assert f"test_envs.py:{own_broken.__code__.co_firstlineno + 1}: the motor does" in message
+    assert f"The module envs is {envs.__file__}, a file of M3PO: give yours another name" in message
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text in (("own_empty", ""), ("own_lacks", "import no_such_package")):
+        (tmp_path / f"{name}.py").write_text(text)
+    importlib.invalidate_caches()
+    with pytest.raises(envs.EnvError) as error:
+        envs.make("own_empty:MyEnv-v0")
+    assert f"The module own_empty is {tmp_path / 'own_empty.py'})" in str(error.value)
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):  # its traceback says where
+        envs.make("own_lacks:MyEnv-v0")
+
+
 
 
 def test_an_env_whose_observations_have_another_shape_than_its_space_is_refused(monkeypatch):
@@ -760,7 +856,7 @@ def test_without_a_termination_rule_no_imagined_state_is_terminal(monkeypatch):
     env = make_own(monkeypatch)
     assert not envs.termination_known(env)
     for batch in (np.full((4, 2, 3), np.nan), torch.zeros(4, 2, 3)):
-        answer = envs.termination_fn(env)(batch)
+        answer = envs.terminated_fn(env)(batch)
         assert answer.shape == (4, 2) and not answer.any()
 
 
@@ -790,7 +886,7 @@ def test_the_readmes_own_env_works(tmp_path, monkeypatch):
     env = envs.make("my_env:MyEnv-v0")
     check_env(env.unwrapped, skip_render_check=True)
     assert env.spec.max_episode_steps == 200 and envs.termination_known(env)
-    rule = envs.termination_fn(env)
+    rule = envs.terminated_fn(env)
     assert rule(torch.tensor([[0.0], [6.0]])).tolist() == [False, True]
     env.reset(seed=0)
     obs, _, infos = envs_run(env, np.full((200, 1), -1, np.float32))

@@ -76,7 +76,7 @@ def test_adaptation_is_the_reward_within_50_steps_after_a_real_switch():
 
 def test_an_episode_that_ended_is_not_counted_on():
     episodes = {name: np.array([[1.0, 1.0], [1.0, math.nan]]) for name in
-                evaluation.FOUND}
+                evaluation.METRICS}
     returns, lengths, _ = evaluation.summarise(episodes, 0.9, early=50)
     assert returns.tolist() == [2, 1] and lengths.tolist() == [2, 1]
 
@@ -89,6 +89,7 @@ class WorkerEnv:
         return np.zeros(1, np.float32), {}
 
     def step(self, action):
+        time.sleep(0.002)  # so that no worker plays another's share too
         self.t += 1
         if self.seed == 13 and self.t == 3:
             raise KeyError("the simulator broke")
@@ -131,7 +132,8 @@ def test_each_process_plays_its_share_with_the_weights_of_now():
         assert np.nansum(found["right_way"]) == (weight > 0) * (4 + 5 + 6 + 13 * 4)
     pids = found["steps_since_switch"][0]
     assert set(pids[:6]) == {os.getpid()}
-    assert [set(pids[6:11]), set(pids[11:])] == [{process.pid} for process in some.processes]
+    assert len(set(pids[6:11])) == len(set(pids[11:])) == 1
+    assert {*pids[6:]} == {process.pid for process in some.processes}
     some.close()
     assert not any(process.is_alive() for process in some.processes)
 
@@ -167,8 +169,45 @@ def test_an_evaluation_in_processes_is_the_same_and_restores_the_threads():
 
 def test_an_error_in_a_process_of_evaluation_reaches_the_main_process_with_its_place():
     some = players(16, 2)
-    with pytest.raises(RuntimeError, match='raise KeyError."the simulator broke".'):
+    with pytest.raises(KeyError, match="the simulator broke") as raised:
         some.evaluate(WorkerPolicy(), list(range(16)))
+    assert 'raise KeyError("the simulator broke")' in str(raised.value.__cause__)
+    some.close()
+
+
+def test_an_error_that_cannot_be_sent_says_in_words_what_it_was():
+    class Picky(Exception):
+        def __init__(self, part, number):
+            super().__init__(f"{part} {number} broke")
+
+    class Breaks(WorkerEnv):
+        def step(self, action):
+            raise Picky("leg", 3)
+
+    some = players(16, 2, make_env=lambda: (
+        Breaks() if multiprocessing.parent_process() else WorkerEnv()))
+    with pytest.raises(RuntimeError, match="leg 3 broke") as raised:
+        some.evaluate(WorkerPolicy(), list(range(16)))
+    assert 'raise Picky("leg", 3)' in str(raised.value.__cause__)
+    some.close()
+
+
+def test_a_worker_sees_that_the_main_process_was_dead_before_it_began():
+    """Its parent is another then, and a signal at its death would never come."""
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=evaluation.start_worker, args=(1, None, None))
+    process.start()
+    process.join(10)
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("name", ["fork", "sched_setaffinity"])
+def test_where_the_system_cannot_do_it_one_process_plays_all(name, monkeypatch):
+    monkeypatch.delattr(os, name)
+    some = players(16, 4)
+    assert some.workers == 1 and some.pool is None
+    found = some.evaluate(WorkerPolicy(), list(range(20, 36)))
+    assert set(found["steps_since_switch"][0]) == {os.getpid()}
     some.close()
 
 

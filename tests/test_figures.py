@@ -1,28 +1,14 @@
 """figures.py: curves, tables and pictures of runs."""
 
-import csv
-import json
+import math
 
 import numpy as np
 import pytest
+import torch
 
 import figures
 import m3po
-from tests.conftest import error_line, read_image
-
-
-def fake_run(folder, returns=(1.0, 3.0), seed=0, steps=None, **flags):
-    """A run folder with a hand-written learning curve, 1,000 env steps between evaluations."""
-    folder.mkdir()
-    args = vars(m3po.parse_args(["--seed", str(seed), "--out", str(folder / "x")])[0])
-    (folder / "config.json").write_text(json.dumps({"flags": args | flags}))
-    with open(folder / "progress.csv", "w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["epoch", "global_step", "eval_return_mean", "td_error", "seconds_fit"])
-        for i, value in enumerate(returns):
-            step = steps[i] if steps else 1_000 * (i + 1)
-            writer.writerow([i + 1, step, value, "" if i else 0.5, 30.0])
-    return folder
+from tests.conftest import error_line, fake_run, read_image
 
 
 def test_every_figure_from_a_tiny_run_has_its_size(trained_runs, tmp_path, capsys):
@@ -43,29 +29,75 @@ def test_the_gallery_shows_seven_environments(needs_opengl, tmp_path):
     read_image(tmp_path / "e.png", (1800, 810))
 
 
-def test_the_interquartile_mean_of_known_values():
-    assert figures.interquartile_mean([100, 1, 2, -50]) == 1.5
-    assert figures.interquartile_mean(range(9)) == 4  # two go at either end
-    assert figures.interquartile_mean([7, 9, 100]) == pytest.approx(116 / 3)  # a quarter of 3 is 0
-    assert figures.interquartile_mean([5]) == 5
-    rows = np.array([[0, 1, 2, 90], [4, 4, 4, 4]])
-    assert figures.interquartile_mean(rows, axis=1).tolist() == [1.5, 4]
+def test_the_interquartile_mean_of_known_values(tmp_path, capsys):
+    for returns, iqm in (([100, 1, 2, -50], 1.5), (range(9), 4),  # two of nine go at either end
+                         ([7, 9, 100], 116 / 3), ([5], 5)):  # a quarter of 3 is 0
+        folders = [fake_run(tmp_path / f"{len(returns)}_{i}", (value,), seed=i)
+                   for i, value in enumerate(returns)]
+        figures.summary(figures.read_runs(folders)[0])
+        row = capsys.readouterr().out.splitlines()[1].split()
+        assert row[-3:] == [f"{iqm:.1f}", "0.5", "min"]
+
+
+def test_students_interval_of_known_values():
+    low, high = figures.students_interval([1, 2, 3, 4, 5])  # 2.776 sqrt(2.5 / 5) = 1.963
+    assert (low, high) == (pytest.approx(3 - 1.963, abs=1e-3), pytest.approx(3 + 1.963, abs=1e-3))
+    assert np.isnan(figures.students_interval([1])).all()
+    rows = np.array([[0, 7, math.nan], [1, 7, 5], [math.nan, 7, math.nan]])
+    low, high = figures.students_interval(rows)  # what is NaN is left out
+    assert low[0] == pytest.approx(0.5 - 6.353, abs=1e-3)
+    assert high[0] == pytest.approx(0.5 + 6.353, abs=1e-3)
+    assert (low[1], high[1]) == (7, 7) and np.isnan([low[2], high[2]]).all()
+    assert figures.with_interval([7.0]) == "7.0"
+    assert figures.with_interval([1, 2, 3, 4, 5]) == "3.0 [1.0, 5.0]"
+    assert figures.with_interval([0, 1]) == "0.5 [-5.9, 6.9]"  # 12.706 / 2 = 6.353
+    for n in range(2, 11):  # 95 % of the density lies within
+        values = np.arange(n)
+        quantile = (figures.students_interval(values)[1] - values.mean()) / (
+            values.std(ddof=1) / math.sqrt(n))
+        x = np.linspace(-quantile, quantile, 20_001)
+        student = torch.distributions.StudentT(torch.tensor(n - 1, dtype=torch.float64))
+        density = student.log_prob(torch.as_tensor(x)).exp().numpy()
+        assert np.trapezoid(density, x) == pytest.approx(0.95, abs=4e-5)
+
+
+def test_bands_over_a_few_seeds_cover_what_they_say_where_a_bootstraps_would_not():
+    rng = np.random.default_rng(0)
+    for n in (2, 5):
+        values = rng.normal(size=(n, 4_000))
+        low, high = figures.students_interval(values)
+        assert ((low < 0) & (0 < high)).mean() == pytest.approx(0.95, abs=0.012)
+        low, high = figures.bootstrap_interval(values)
+        assert ((low < 0) & (0 < high)).mean() < 0.88
 
 
 def test_the_bootstrap_interval_of_known_values():
-    assert figures.bootstrap_interval([3, 3, 3]) == (3, 3)
-    assert figures.bootstrap_interval([0, 1]) == (0, 1)  # both ends are drawn a quarter of the time
-    assert np.isnan(figures.bootstrap_interval([1])).all()
+    column = lambda *values: np.array(values, float)[:, None]
+    assert np.ravel(figures.bootstrap_interval(column(3, 3, 3))).tolist() == [3, 3]
+    # both ends are drawn a quarter of the time
+    assert np.ravel(figures.bootstrap_interval(column(0, 1))).tolist() == [0, 1]
+    assert np.isnan(figures.bootstrap_interval(column(1))).all()
     values = np.random.default_rng(1).normal(10, 2, 400)
-    low, high = figures.bootstrap_interval(values)
+    low, high = figures.bootstrap_interval(values[:, None])
     half = 1.96 * values.std() / 20
     assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
     assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
-    narrow = figures.bootstrap_interval(values, level=0.5)
+    narrow = figures.bootstrap_interval(values[:, None], level=0.5)
     assert low < narrow[0] < narrow[1] < high
-    shifted = np.stack([values, values + 1], 1)
-    low, high = figures.bootstrap_interval(shifted, figures.interquartile_mean)
+    gaps = np.where(np.arange(400) % 7, values, np.nan)  # another task holds at these
+    shifted = np.stack([gaps, gaps + 1], 1)
+    low, high = figures.bootstrap_interval(shifted)
     assert low.shape == (2,) and low[1] == pytest.approx(low[0] + 1) and (low < high).all()
+
+
+def test_a_run_is_drawn_from_its_two_small_files_whatever_columns_they_have(tmp_path, capsys):
+    old = fake_run(tmp_path / "old", (1, 2))
+    text = "global_step,note,eval_return_mean,newer\n1000,warm-up,1,\n2000,,4,0.5\n"
+    (fake_run(tmp_path / "new", seed=1) / "progress.csv").write_text(text)
+    figures.main(["curves", str(old), str(tmp_path / "new"), "--out", str(tmp_path / "c.png")])
+    row = capsys.readouterr().out.splitlines()[1].split()
+    assert row[:4] == ["point-fwd-bwd", "M3PO", "2", "2"] and row[4] == "3.0"
+    assert "note" not in figures.read_run(tmp_path / "new").progress
 
 
 @pytest.mark.parametrize("flags, name", [
@@ -99,7 +131,7 @@ def test_the_table_counts_right(tmp_path, capsys):
     groups, _ = figures.read_runs([tmp_path / "a", tmp_path / "b"])
     figures.summary(groups)
     row = capsys.readouterr().out.splitlines()[1].split()
-    assert row == "point-fwd-bwd M3PO 2 3 4.0 2.8 4.0 [4.0, 4.0] 1.5 min".split()
+    assert row == "point-fwd-bwd M3PO 2 3 4.0 [4.0, 4.0] 2.8 4.0 1.5 min".split()
 
 
 def test_seeds_are_compared_at_the_steps_they_share(tmp_path):

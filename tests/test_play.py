@@ -5,16 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from PIL import Image
+from gymnasium.spaces import Box
 
 import envs
 import evaluation
 import figures
 import m3po
 import play
-from tests.conftest import error_line, read_image
+from tests.conftest import error_line, read_image, train_few_steps
 
 
 SIX = [name for name in envs.ENVS if name != "point-fwd-bwd"]
@@ -109,6 +111,79 @@ def test_a_film_knows_the_switches_and_where_the_point_was():
     assert film.caption(54) == "step 54   backwards (new 2 steps ago)   reward so far 49"
 
 
+class SeeLamp(gym.Env):
+    """The lamp's brightness is how far the push agrees with the hidden sign, redrawn at step 8; 20
+    steps. Renders itself; counts how often."""
+
+    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 20}
+    observation_space = Box(0.0, 1.0, (1,), np.float32)
+    action_space = Box(0.0, 4.0, (1,), np.float32)
+    shown = []
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.sign, self.light = 0, self.np_random.choice((-1, 1)), 0.5
+        return np.full(1, self.light, np.float32), {"task": self.sign}
+
+    def step(self, action):
+        switched = self.t == 8
+        self.sign *= -1 if switched else 1
+        self.light = float(np.clip(0.5 + self.sign * (action[0] - 2) / 4, 0, 1))
+        self.t += 1
+        info = {"task": self.sign, "switched": switched}
+        if self.render_mode == "human":
+            self.shown.append(self.t)
+        return np.full(1, self.light, np.float32), self.light, False, self.t == 20, info
+
+    def render(self):
+        self.shown.append(self.t)
+        picture = np.zeros((60, 80, 3), np.uint8)
+        picture[:, : 4 * self.t] = round(255 * self.light)
+        return picture
+
+
+gym.register("SeeLamp-v0", entry_point=SeeLamp, max_episode_steps=30)
+
+
+def test_an_own_env_that_renders_gets_a_strip_a_gif_and_a_window(
+        tmp_path, capsys, monkeypatch):
+    folder = train_few_steps(tmp_path / "a", "--env", "SeeLamp-v0", "--N", "1", "--E", "40",
+                       "--eval-episodes", "1", "--diagnose-every", "0")
+    strip, gif = tmp_path / "s.png", tmp_path / "v.gif"
+    SeeLamp.shown.clear()
+    play.main([folder, "--episodes", "1", "--strip", str(strip)])
+    read_image(strip, (1800, 540))
+    assert SeeLamp.shown == [1, 3, 5, 7, 9, 11, 13, 15, 17, 20]  # its ten snapshots, nothing else
+    play.main([folder, "--episodes", "1", "--video", str(gif), "--window", "4", "12"])
+    read_image(gif, (480, 360))
+    frames = Image.open(gif)
+    assert frames.n_frames == 4 and frames.info["duration"] == 100  # ms: 2 steps at 20 per second
+    SeeLamp.shown.clear()
+    play.main([folder, "--episodes", "1", "--view"])
+    assert SeeLamp.shown[-20:] == list(range(1, 21))
+    capsys.readouterr()
+    monkeypatch.setattr(SeeLamp, "metadata", {"render_modes": []})
+    for option, mode in (("--view", "human"), ("--strip", "rgb_array")):
+        argv = [folder, option] + [str(tmp_path / "no.png")] * (option == "--strip")
+        assert f"does not render '{mode}'" in error_line(capsys, play, *argv)
+
+
+def test_what_an_own_env_is_replayed_to_is_what_happened():
+    film = play.Film(envs.make("SeeLamp-v0", oracle=True))
+    film.reset(seed=3)
+    rng, lights = np.random.default_rng(0), []
+    for _ in range(20):
+        film.step(rng.uniform(-1, 1, 1).astype(np.float32))
+        lights.append(film.unwrapped.light)
+    again = [env.unwrapped.light for _, env in play.replay(film, "rgb_array")]
+    assert again == lights and np.allclose(np.ravel(film.states), [0, *np.cumsum(lights)])
+    assert film.switches == [8] and film.words(8) == f"task {film.tasks[8]}"
+    assert film.colour(8) == (play.BLUE if film.tasks[8] > 0 else play.RED) != film.colour(7)
+
+
 @pytest.mark.parametrize("argv, says", [
     (["{gone}"], "does not exist"),
     (["{toy}", "--vid", "x.gif"], "unrecognized"),
@@ -134,6 +209,9 @@ def test_a_missing_package_is_named_with_its_pip_command(
     assert "python -m pip install matplotlib" in err
     err = error_line(capsys, figures, "curves", trained_runs["toy"], "--out", tmp_path / "c.png")
     assert "python -m pip install matplotlib" in err
+    monkeypatch.setattr(play.importlib.util, "find_spec", lambda name: name != "scipy" or None)
+    err = error_line(capsys, figures, "curves", trained_runs["toy"], "--out", tmp_path / "c.png")
+    assert "python -m pip install scipy" in err
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="displays are Linux's matter")
