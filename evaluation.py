@@ -184,7 +184,8 @@ def close(group, pool, processes):
     for process in processes:
         process.join(max(0, deadline - time.monotonic()))
         process.kill()
-        process.join()
+        while process.is_alive():  # join may return too early: the pool joins it too
+            time.sleep(0.001)
 
 
 def early_steps(env):
