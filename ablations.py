@@ -31,6 +31,8 @@ import figures
 import m3po
 import play
 from evaluation import early_steps
+from flags import MAY_CHANGE, OneLineParser, count, natural
+from logs import cpu_name
 
 ROWS = {  # label: flags of m3po.py, what it shows
     "M3PO": ("", "the default, k = 1"),
@@ -50,7 +52,7 @@ SLUGS = {label.lower().replace("=", "").replace(" ", "-"): label for label in RO
 
 def refuse_others(folder, flags, wanted, option):
     """ValueError if the run in folder, trained with flags, is not the wanted one."""
-    for name in wanted.keys() & flags.keys() - (m3po.MAY_CHANGE - {"N"}):
+    for name in wanted.keys() & flags.keys() - (MAY_CHANGE - {"N"}):
         if flags[name] != wanted[name]:
             raise ValueError(f"{folder} was trained with {name} {flags[name]}, not {wanted[name]}; "
                              f"use another {option}")
@@ -74,7 +76,7 @@ def keep(folder, result):
     shutil.copyfile(folder / "progress.csv", result / "progress.csv")
     config = json.loads((folder / "config.json").read_text())
     config["flags"] |= {"out": f"{folder.parent.name}/{folder.name}", "resume": None}
-    config["cpu"] = m3po.cpu_name()
+    config["cpu"] = cpu_name()
     text = json.dumps(config, indent=1) + "\n"
     checkpoint.write_atomically(result / "config.json", lambda f: f.write(text.encode()))
 
@@ -86,7 +88,7 @@ def command(folder, flags, wanted):
         return [*program, *flags, "--out", str(folder)]
     state = checkpoint.read(folder / "checkpoint.pt", "run")
     refuse_others(folder, state["flags"], wanted, "--out")
-    finished = state["step"] == wanted["N"] * wanted["E"]
+    finished = state["progress"]["epoch"] == wanted["N"]
     return None if finished else [*program, "--resume", str(folder)]
 
 
@@ -182,14 +184,14 @@ def table(runs, line, args, env):
 
 
 def build_parser():
-    p = m3po.OneLineParser("ablations.py", allow_abbrev=False, description=__doc__.split("\n\n")[0],
+    p = OneLineParser("ablations.py", description=__doc__.split("\n\n")[0],
                            usage="ablations.py [flags] [-- flags of m3po.py]")
     p.add_argument("--env", default="point-fwd-bwd", metavar="NAME", help="(%(default)s)")
-    p.add_argument("--seeds", nargs="+", type=m3po.natural, default=[0, 1, 2, 3, 4], metavar="S",
+    p.add_argument("--seeds", nargs="+", type=natural, default=[0, 1, 2, 3, 4], metavar="S",
                    help="one run of each row per seed (0 1 2 3 4)")
     p.add_argument("--only", nargs="+", choices=SLUGS, default=list(SLUGS), metavar="ROW",
                    help=f"some of {', '.join(SLUGS)} (all)")
-    p.add_argument("--jobs", type=m3po.count, default=2, help="runs at a time, one thread each (2)")
+    p.add_argument("--jobs", type=count, default=2, help="runs at a time, one thread each (2)")
     p.add_argument("--out", type=Path, default=Path("runs/ablations"), metavar="DIR",
                    help="for run folders; those in it are gone on with (%(default)s)")
     p.add_argument("--results", type=Path, metavar="DIR",

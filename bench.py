@@ -4,14 +4,14 @@
     python bench.py --env ant-fwd-bwd --threads 1
 
 The floor of a policy update, a model rollout or a model fit is the matrix products it needs,
-forward and backward, into memory that is already there, and nothing else. (The GRU's products with h
-count as such; model.py does them as sums.) The floor of an env step and of an evaluation is `mj_step`
-alone, with the forces of the same episodes, one env after the other. All jobs of a table run in
-turns, so that whatever else the machine does meets them alike; times are medians.
+forward and backward, into memory that is already there, and nothing else. (The GRU's products with
+h count as such; model.py does them as sums.) The floor of an env step and of an evaluation is
+`mj_step` alone, with the forces of the same episodes, one env after the other; that of sampling is
+to read as many rows anywhere in a table of D_model's size. All jobs of a table run in turns, so
+that whatever else the machine does meets them alike; times are medians.
 """
 
 import copy
-import resource
 import statistics
 import time
 from contextlib import closing
@@ -23,9 +23,11 @@ from gymnasium.wrappers import OrderEnforcing, TimeLimit
 from tqdm import tqdm
 
 import envs
+import logs
 import m3po
+import speed
 from evaluation import Group, evaluate
-from policy import GraphedUpdate
+from flags import OneLineParser, count
 from rollouts import EnvBuffer, ModelBuffer
 
 ROWS = 10_000  # real steps in D_env
@@ -105,16 +107,16 @@ def bench_nets(args, flags, env, device):
     D_env = EnvBuffer(ROWS, O, A, L, device)
     data = torch.randn(ROWS, 2 * O + A + 1)
     for t, row in enumerate(data):
-        D_env.add(row[:O], row[O:O + A].clamp(-1, 1), row[-1], row[O + A:-1], False, t % 1000 == 999)
-    model.update_statistics(D_env)
-    policy.use_statistics(model)
+        obs, action, next_obs, reward = row.split([O, A, O, 1])
+        D_env.add(obs, action.clamp(-1, 1), reward, next_obs, False, t % 1000 == 999)
+    model.use_statistics(D_env.statistics())
+    policy.use_statistics(D_env.statistics())
     D_model = ModelBuffer(D_env, M, flags.k, flags.retain, envs.terminated_fn(env))
     D_model.rollout(policy, model)
 
     def updates(update):
-        noise = torch.randn(G, 2, B, A, device=device)
-        for batch, n in zip(m3po.sample_batches(D_model, D_env, 1.0, G, B), noise):
-            update(batch, n)
+        for batch in m3po.sample_batches(D_model, D_env, 1.0, G, B):
+            update(*batch)
 
     def rollouts(policy, model):
         for _ in range(10):
@@ -122,15 +124,15 @@ def bench_nets(args, flags, env, device):
 
     def policies():
         made = {"eager": copy.deepcopy(policy)}
-        if m3po.compiler_works(device):
+        if speed.compiler_works(device):
             made["compiled"] = copy.deepcopy(policy)
-            made["compiled"].compile_methods()
+            speed.compile_methods(made["compiled"])
         return made
 
     modes = policies()
     ways = {name: p.update for name, p in modes.items()}
     if device.type == "cuda":
-        ways |= {f"{name}, CUDA graph": GraphedUpdate(p) for name, p in policies().items()}
+        ways |= {f"{name}, CUDA graph": speed.GraphedUpdate(p) for name, p in policies().items()}
     floor = update_products(policy, B, L)
     jobs = {"floor: its matrix products": lambda: [multiply(floor) for _ in range(G)]}
     jobs |= {f"{name}, sampling included": lambda u=u: updates(u) for name, u in ways.items()}
@@ -141,10 +143,18 @@ def bench_nets(args, flags, env, device):
     step = products(policy.actor, M, L) + products(model.net, members, L)
     jobs = {"floor: its matrix products": lambda: [multiply(step) for _ in range(10 * flags.k)]}
     models = {"eager": model, "compiled": copy.deepcopy(model)}
-    models["compiled"].compile_methods()
+    speed.compile_methods(models["compiled"])
     jobs |= {name: lambda name=name: rollouts(modes[name], models[name]) for name in modes}
     show(f"model rollouts, M {M}, k {flags.k}", medians(jobs, args.repeats, device),
          "imagined step", 10 * M * flags.k)
+
+    rows = G * B  # of one env step's batches; a row read anywhere costs more than its bytes
+    tokens = torch.randn(len(D_model.tokens), 1 + O + A + O, device=device)
+    anywhere = torch.randint(len(tokens), (rows,), device=device)
+    jobs = {"floor: as many rows, read anywhere": lambda: tokens.index_select(0, anywhere),
+            "D_model": lambda: D_model.sample(rows), "D_env": lambda: D_env.sample(rows)}
+    show(f"sampling the {G} batches of an env step, L {L}", medians(jobs, args.repeats, device),
+         "batch", G)
 
     train, held = len(D_env.rows(holdout=False)), len(D_env.rows(holdout=True))
     passes, batches = 5, train // flags.model_batch
@@ -252,50 +262,44 @@ def bench_evaluation(args, flags, env, device):
 
         jobs = {"floor: mj_step": raw, f"ours, in {players.workers} processes":
                 lambda: players.evaluate(policy, seeds)}
-        show(f"evaluation of {n} episodes, {args.env}", medians(jobs, max(3, args.repeats // 4), device),
-             "episode", n)
+        show(f"evaluation of {n} episodes, {args.env}",
+             medians(jobs, max(3, args.repeats // 4), device), "episode", n)
 
 
 # ---- memory -------------------------------------------------------------------------------------
 
 
 def bench_memory():
-    """D_model of humanoid-direc at M = 1000 with an epoch of E = 1000 env steps kept, filled."""
-    env = envs.make("humanoid-direc")
-    O, A = env.observation_space.shape[0], env.action_space.shape[0]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    D_env = EnvBuffer(200_000, O, A, 10)
-    D_model = ModelBuffer(D_env, 1_000, 1, 1_000, envs.terminated_fn(env))
-    tensors = [getattr(D_model, name) for name in ModelBuffer.STATE]
-    for tensor in (*tensors, *(getattr(D_env, name) for name in EnvBuffer.STATE)):
-        tensor.zero_()  # touches every page
-    D_env.total, D_model.written = D_env.capacity, D_model.blocks
-    D_model.count.fill_(D_model.M)
-    D_model.sample(40 * 256)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e6  # Linux: in KiB
-    windows = D_model.blocks * D_model.M * 11 * (O + A + 1) * 4 / 1e6
-    print(f"\nD_model of humanoid-direc, M 1000, E 1000: {sum(t.nbytes for t in tensors) / 1e6:,.0f} MB; "
-          f"with D_env of 200,000 steps\nand the batches of one env step the process grew by "
-          f"{grown:,.0f} MB. Windows stored whole would be {windows:,.0f} MB.")
+    """Megabytes of D_model per env at its defaults, and what longer keeping and branches cost."""
+    print(f"\n{'D_model, MB':44} {'--retain 100':>16} {'--retain 1000':>16} {'1000, --k 5':>16}")
+    for name in envs.ENVS:
+        flags, env, _ = m3po.parse_args(["--env", name])
+        O, A = env.observation_space.shape[0], env.action_space.shape[0]
+        D_env = EnvBuffer(1, O, A, flags.L, "meta")  # shapes without memory
+        sizes = []
+        for retain, k in ((100, 1), (1_000, 1), (1_000, 5)):
+            D_model = ModelBuffer(D_env, flags.M, k, retain, envs.terminated_fn(env))
+            sizes.append(sum(getattr(D_model, name).nbytes for name in D_model.STATE))
+        print(f"  {name:42}" + "".join(f" {size / 1e6:16,.0f}" for size in sizes), flush=True)
 
 
 def main(argv=None):
-    p = m3po.OneLineParser("bench.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
-    p.add_argument("--env", default="halfcheetah-fwd-bwd", choices=list(envs.ENVS)[1:], metavar="NAME",
-                   help="whose sizes and defaults (%(default)s)")
-    p.add_argument("--threads", type=m3po.count, help="of torch (its default)")
+    p = OneLineParser("bench.py", description=__doc__.split("\n\n")[0])
+    p.add_argument("--env", default="halfcheetah-fwd-bwd", choices=list(envs.ENVS)[1:],
+                   metavar="NAME", help="whose sizes and defaults (%(default)s)")
+    p.add_argument("--threads", type=count, help="of torch (its default)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
-    p.add_argument("--repeats", type=m3po.count, default=20,
+    p.add_argument("--repeats", type=count, default=20,
                    help="turns per table (20; of model fit and evaluation a quarter, at least 3)")
     args = p.parse_args(argv)
     flags, env, _ = m3po.parse_args(["--env", args.env, "--device", args.device])
     torch.manual_seed(0)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    flags.threads = args.threads
+    speed.set_threads(flags)
     device = torch.device(flags.device)
-    name = torch.cuda.get_device_name() if flags.device == "cuda" else m3po.cpu_name()
+    name = torch.cuda.get_device_name() if flags.device == "cuda" else logs.cpu_name()
     print(f"{name}; {torch.get_num_threads()} threads; "
-          + ", ".join(f"{k} {v[:12]}" for k, v in m3po.versions().items()))
+          + ", ".join(f"{k} {v[:12]}" for k, v in logs.versions().items()))
     bench_memory()
     for each in list(envs.ENVS)[1:]:
         bench_env(args, each)

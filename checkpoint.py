@@ -8,41 +8,55 @@ full disk leaves the old one or the new one, complete:
     agent.pt        what is needed to use the agent: flags, policy, model (a few MB)
 
 Both hold tensors and plain Python values alone and are read with weights_only=True: a foreign file
-runs no code. The env itself is not saved. Every episode starts from its own seed, so the interrupted
-one is replayed: the same seed, the same actions, at the simulator's speed. That needs nothing of the
-env but Gymnasium's promise that reset(seed) makes it deterministic.
+runs no code. The env itself is not saved. Every episode starts from its own seed, so the
+interrupted one is replayed: the same seed, the same actions, at the simulator's speed. That needs
+nothing of the env but Gymnasium's promise that reset(seed) makes it deterministic.
 """
 
 import csv
 import os
 import pickle
-import signal
+from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 import torch
 
-VERSIONS = {"agent": 1, "run": 3}  # of what the two files hold
+from envs import seeds
+
+VERSIONS = {"agent": 2, "run": 4}  # of what the two files hold
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be written, read or used. The message is one line."""
+    """A file of the run folder that cannot be written, read or used. The message is one line."""
+
+
+@contextmanager
+def writing(path, note=""):
+    """A full disk or a forbidden folder becomes one line that names the path."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        raise CheckpointError(f"{path} could not be written{note}: "
+                              f"{' '.join(str(error).split())[:200]}") from error
 
 
 def write_atomically(path, write):
     """Call write(file) on a temporary file in the same folder, then move it onto path."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())  # on the disk, not in the page cache, before the name moves
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        with writing(path, ", the one before is still valid" if path.exists() else ""):
+            with open(temporary, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())  # on the disk, not in the page cache, before the name moves
+            os.replace(temporary, path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except CheckpointError:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} could not be written, the one before is still valid: "
-                              f"{' '.join(str(error).split())[:200]}") from error
+        raise
 
 
 def read(path, kind):
@@ -54,19 +68,22 @@ def read(path, kind):
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{path} is truncated or no checkpoint of ours") from error
     if not isinstance(state, dict) or state.get("kind") != kind:
-        raise CheckpointError(f"{path}: field 'kind' is not {kind!r}, so it is no checkpoint of ours")
+        raise CheckpointError(f"{path}: field 'kind' is not {kind!r}: no checkpoint of ours")
     if state.get("version") != VERSIONS[kind]:
-        raise CheckpointError(f"{path}: field 'version' is {state.get('version')}, not {VERSIONS[kind]}")
+        raise CheckpointError(f"{path}: field 'version' is {state.get('version')}, "
+                              f"not {VERSIONS[kind]}")
     return state
 
 
-def save(folder, flags, progress, policy, model, D_env, D_model):
-    """Write agent.pt and checkpoint.pt. flags, progress: dicts of plain values and tensors."""
-    agent = {"version": VERSIONS["agent"], "kind": "agent", "flags": flags, "step": progress["step"],
-             "policy": policy.state_dict(), "model": model.state_dict()}
+def save(args, progress, policy, model, D_env, D_model):
+    """Write agent.pt and checkpoint.pt into args.out. args and progress hold plain values, in lists
+    and dicts, and tensors."""
+    folder = Path(args.out)
+    agent = {"version": VERSIONS["agent"], "kind": "agent", "flags": vars(args),
+             "step": progress.step, "policy": policy.state_dict(), "model": model.state_dict()}
     optimizers = (policy.q_optimizer, policy.actor_optimizer, model.optimizer)
     cuda = torch.cuda.get_rng_state() if next(policy.parameters()).is_cuda else None
-    run = agent | {"version": VERSIONS["run"], "kind": "run", "progress": progress,
+    run = agent | {"version": VERSIONS["run"], "kind": "run", "progress": vars(progress),
                    "D_env": D_env.state_dict(), "D_model": D_model.state_dict(),
                    "rng": torch.get_rng_state(), "rng_cuda": cuda,
                    "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
@@ -75,7 +92,8 @@ def save(folder, flags, progress, policy, model, D_env, D_model):
 
 
 def restore(state, policy, model, D_env, D_model):
-    """Load a "run" checkpoint into freshly built parts and the random streams; returns progress."""
+    """Load a "run" checkpoint into freshly built parts and the random streams; returns progress
+    as a dict."""
     optimizers = (policy.q_optimizer, policy.actor_optimizer, model.optimizer)
     try:
         policy.load_state_dict(state["policy"])
@@ -91,6 +109,14 @@ def restore(state, policy, model, D_env, D_model):
     if state["rng_cuda"] is not None and next(policy.parameters()).is_cuda:
         torch.cuda.set_rng_state(state["rng_cuda"])
     return state["progress"]
+
+
+def replay(env, progress, run_seed):
+    """The observation at which the run stopped: its episode's seed, its actions."""
+    obs, _ = env.reset(seed=seeds(run_seed, 0, progress.episode)[0])
+    for action in progress.actions:
+        obs, *_ = env.step(np.array(action, np.float32))
+    return obs
 
 
 def cut_log(source, target, step):
@@ -111,23 +137,3 @@ def cut_log(source, target, step):
         f.write(("\r\n".join(lines) + "\r\n").encode())
 
     write_atomically(target, write)
-
-
-class StopSignals:
-    """Ctrl-C and SIGTERM ask the loop to stop at the next step; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.received = None
-
-    def __enter__(self):
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number, frame):
-        self.received = number
-        for s in self.before:
-            signal.signal(s, signal.SIG_DFL)
-
-    def __exit__(self, *error):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)

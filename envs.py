@@ -577,6 +577,12 @@ class TaskObservation(gym.Wrapper):
 
 # ------------------------------------------------------------------------- making and inspecting
 
+
+def seeds(run_seed, stream, index, n=1):
+    """n env seeds. Streams (0 training, 1 evaluation, 2 play.py) and indices never meet."""
+    return [int(s) for s in np.random.SeedSequence([run_seed, stream, index]).generate_state(n)]
+
+
 CLASSES = {
     "point-fwd-bwd": PointFwdBwd,
     "halfcheetah-fwd-bwd": HalfCheetahFwdBwd,

@@ -24,6 +24,7 @@ import envs
 import m3po
 import play
 from evaluation import Group, evaluate
+from flags import OneLineParser, count, differences
 
 # Okabe and Ito's colours and four of Tol's, which the colour-blind tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442",
@@ -149,7 +150,7 @@ def read_runs(folders, one_env=False):
     if one_env and len(by_env) > 1:
         raise FigureError(f"{' and '.join(by_env)} have no common scale here: one env at a time")
     for env, runs in by_env.items():
-        differs = [m3po.differences(run.flags) for run in runs]
+        differs = [differences(run.flags) for run in runs]
         shared = {name: value for name, value in differs[0].items()
                   if name not in STRUCTURE and all(d.get(name) == value for d in differs)}
         titles[env] = f"{env}\n{variant(shared)}" if shared else env
@@ -312,7 +313,7 @@ def around_switches(run, episodes):
         raise FigureError(f"{run.flags['env']} never switches its task within an episode")
     before, after = (20, 60) if period >= 100 else (math.ceil(period / 5), period)
     test = Group([m3po.make_env(args) for _ in range(episodes)])
-    metrics = evaluate(policy, test, m3po.seeds(0, 2, 0, episodes), args.L)
+    metrics = evaluate(policy, test, envs.seeds(0, 2, 0, episodes), args.L)
     x, T, rows = np.arange(-before, after + 1), len(metrics["reward"]), []
     for reward, switched in zip(metrics["reward"].T, metrics["switched"].T):
         edges = [0, *np.flatnonzero(switched == 1), T]
@@ -386,20 +387,20 @@ def gallery(args):
 
 
 def build_parser():
-    p = m3po.OneLineParser("figures.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    p = OneLineParser("figures.py", description=__doc__.split("\n\n")[0])
     commands = p.add_subparsers(dest="command", required=True, metavar="FIGURE")
     for draw, text in ((curves, "learning curves, one panel per env"),
                        (adaptation, "reward around switches of the task, from the saved agents"),
                        (theory, "model NLL, KL of the policies, TD error, the theorems' gaps"),
                        (gallery, "the environments")):
         name = "envs" if draw is gallery else draw.__name__
-        c = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        c = commands.add_parser(name, help=text, description=text)
         c.set_defaults(draw=draw)
         if draw is not gallery:
             c.add_argument("runs", nargs="+", metavar="RUN_DIR",
                            help="run folders, or what is kept of them in results/")
         if draw is adaptation:
-            c.add_argument("--episodes", type=m3po.count, default=20, help="per agent (20)")
+            c.add_argument("--episodes", type=count, default=20, help="per agent (20)")
         c.add_argument("--out", required=True, type=play.output_path(".png", ".pdf", ".svg"),
                        metavar="PATH", help="where to draw: .png, .pdf or .svg")
     return p

@@ -1,4 +1,4 @@
-"""The meta-model p_theta(r, o' | a, h) and the network all of M3PO is made of (paper Sec. 6, Fig. 5).
+"""The meta-model p_theta(r, o' | a, h), and the network all of M3PO is made of (Sec. 6, Fig. 5).
 
     tokens of h --> GRU --> z (5 units) --+
                                o (and a) -+--> MLP --> outputs       `HistoryNet`, E members at once
@@ -34,7 +34,7 @@ class HistoryNet(nn.Module):
         self.token_dim, self.z_dim = token_dim, z_dim if token_dim else 0
         uniform = lambda *shape, fan: nn.Parameter(torch.empty(shape).uniform_(-1, 1) / fan**0.5)
         if token_dim:
-            H = z_dim  # torch.nn.GRU's init and equations, its gates in the order r, z, n
+            H = z_dim  # torch.nn.GRU's init, equations and order: reset, update, candidate
             self.w_x = uniform(members, token_dim, 3 * H, fan=H)
             self.w_h = uniform(members, H, 3 * H, fan=H)
             self.b_x = uniform(members, 1, 3 * H, fan=H)
@@ -51,30 +51,32 @@ class HistoryNet(nn.Module):
         """z [E, B, H]: the GRU's state after the newest token; 0 where there is no token.
 
         Per token x, from h = 0 (torch.nn.GRU's equations; the result is the last h):
-            r = sigmoid(W_r x + b_r + U_r h + c_r)             how much of h the candidate sees
-            z = sigmoid(W_z x + b_z + U_z h + c_z)             how much of h is kept
-            n = tanh(W_n x + b_n + r * (U_n h + c_n))          the candidate
-            h <- (1 - z) n + z h
+            reset     = sigmoid(W_r x + b_r + U_r h + c_r)     how much of h the candidate sees
+            update    = sigmoid(W_u x + b_u + U_u h + c_u)     how much of h is kept
+            candidate = tanh(W_c x + b_c + reset * (U_c h + c_c))
+            h        <- (1 - update) candidate + update h
         """
         T, B = tokens.shape[-3:-1]
         H = self.z_dim
         # The batch is the last axis in here: gates have 5 rows of B numbers, not B rows of 5.
-        w_x, w_h, b_x, b_h = [p.mT for p in self.pick(member, self.w_x, self.w_h, self.b_x, self.b_h)]
+        weights = self.pick(member, self.w_x, self.w_h, self.b_x, self.b_h)
+        w_x, w_h, b_x, b_h = [p.mT for p in weights]
         x = torch.where(mask[..., None], tokens[..., :self.token_dim], 0.0)
         x = w_x @ x.flatten(-3, -2).mT + b_x  # [E, 3H, T B]: all T tokens in one matmul
         # Even a zero token moves a GRU, by its biases. A masked one must leave the state as it is,
         # here 0: hold its update gate shut at 1.
         shut = (~mask).to(x.dtype).unsqueeze(-3) * 1e4  # sigmoid(1e4) is exactly 1
-        x_r, x_z, x_n = x.unflatten(-1, (T, B)).chunk(3, 1)  # [E, H, T, B], torch.nn.GRU's order
-        x_rz = torch.cat([x_r, x_z + shut], 1)
+        x_reset, x_update, x_candidate = x.unflatten(-1, (T, B)).chunk(3, 1)  # [E, H, T, B] each
+        x_gates = torch.cat([x_reset, x_update + shut], 1)
         h = x.new_zeros(len(x), H, B)
-        for x_rz, x_n in zip(x_rz.unbind(2), x_n.unbind(2)):  # unbind: one backward for all steps
-            # A sum over a few units is too small for a matmul, and the compiler fuses it with the rest.
-            gates = (w_h[..., None] * h[:, None]).sum(2) if H <= 16 else w_h @ h  # [E, 3H, B]
-            h_rz, h_n = (gates + b_h).split([2 * H, H], 1)
-            r, z = torch.sigmoid(x_rz + h_rz).chunk(2, 1)
-            n = torch.tanh(torch.addcmul(x_n, r, h_n))
-            h = torch.lerp(n, h, z)  # (1 - z) n + z h; exactly h at z = 1
+        # unbind: one backward for all steps
+        for x_gates, x_candidate in zip(x_gates.unbind(2), x_candidate.unbind(2)):
+            # A sum over a few units is too small for a matmul, and the compiler fuses it.
+            from_h = (w_h[..., None] * h[:, None]).sum(2) if H <= 16 else w_h @ h  # [E, 3H, B]
+            h_gates, h_candidate = (from_h + b_h).split([2 * H, H], 1)
+            reset, update = torch.sigmoid(x_gates + h_gates).chunk(2, 1)
+            candidate = torch.tanh(torch.addcmul(x_candidate, reset, h_candidate))
+            h = torch.lerp(candidate, h, update)  # exactly h where update = 1
         return h.mT
 
     def forward(self, tokens, mask, x, member=None):
@@ -113,10 +115,10 @@ class MetaModel(nn.Module):
         # What is sampled from: all members, or the best few of them.
         self.elites = elites or members
         self.register_buffer("elite", torch.arange(self.elites))
-        for name, n in (("token", O + A + 1), ("target", O + 1)):  # statistics of all of D_env
+        for name, n in (("token", O + A + 1), ("target", O + 1)):  # D_env.statistics()
             self.register_buffer(f"{name}_mean", torch.zeros(n))
             self.register_buffer(f"{name}_std", torch.ones(n))
-        # beta-NLL 0.5 and a reward that weighs as much as all O observations (README, deviations);
+        # beta-NLL 0.5 and a reward that weighs as much as all O observations (docs/DEVIATIONS.md);
         # beta 0 and weight 1 are the paper's literal likelihood, which does not find the task.
         self.beta_nll = beta_nll
         weight = torch.ones(O + 1)
@@ -129,12 +131,12 @@ class MetaModel(nn.Module):
                                           lr=lr, fused=True)
 
     def standardise(self, tokens):
-        return ((tokens - self.token_mean) / self.token_std).clamp(-10, 10)
+        return (tokens - self.token_mean).div_(self.token_std).clamp_(-10, 10)
 
     def standardise_step(self, obs, actions):
         """x = (o, a) [B, O + A], scaled as in the tokens."""
         x = torch.cat([obs, actions], -1)
-        return ((x - self.token_mean[:-1]) / self.token_std[:-1]).clamp(-10, 10)
+        return (x - self.token_mean[:-1]).div_(self.token_std[:-1]).clamp_(-10, 10)
 
     def predict_mean(self, tokens, mask, obs, actions):
         """What all sampled-from members predict for raw inputs: mean, log-variance [E, B, O + 1] of
@@ -167,20 +169,17 @@ class MetaModel(nn.Module):
         rows = seats.clamp(max=B - 1).view(E, -1)  # the last row fills the spare seats
         mean, logvar = self.predict_dealt(tokens, mask, obs, actions, rows)
         y = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-        y = y.flatten(0, 1)[torch.argsort(seats)[:B]] * self.target_std + self.target_mean
+        y = y.flatten(0, 1).index_select(0, torch.argsort(seats)[:B])
+        y = y * self.target_std + self.target_mean
         return y[:, 0], obs + y[:, 1:]
 
     def predict_dealt(self, tokens, mask, obs, actions, rows):
         """Mean and log-variance [E, B / E, O + 1] by each member for its own rows [E, B / E]."""
         tokens, x = self.standardise(tokens), self.standardise_step(obs, actions)
-        return self.predict(tokens[:, rows].transpose(0, 1), mask[:, rows].transpose(0, 1),
-                            x[rows],  # [E, L, B / E, D], [E, L, B / E], [E, B / E, O + A]
+        deal = lambda t, dim: t.index_select(dim, rows.flatten()).unflatten(dim, rows.shape)
+        return self.predict(deal(tokens, 1).transpose(0, 1), deal(mask, 1).transpose(0, 1),
+                            deal(x, 0),  # [E, L, B / E, D], [E, L, B / E], [E, B / E, O + A]
                             self.chosen())
-
-    def compile_methods(self):
-        """What a rollout asks, always of M rows. Fits have batches of many sizes, each of which would
-        be compiled anew."""
-        self.predict_dealt = torch.compile(self.predict_dealt, dynamic=False)
 
     def loss(self, tokens, mask, x, y):
         """beta-NLL of standardised targets y [E, B, O + 1] (Seitzer et al. 2022): each term times
@@ -198,36 +197,31 @@ class MetaModel(nn.Module):
         return (tokens[:-1], batch.mask[:-1], tokens[-1, :, :-1],
                 (y - self.target_mean) / self.target_std)
 
-    def update_statistics(self, env_buffer):
-        kept = slice(0, len(env_buffer))  # a ring that is not full is filled from slot 0
-        tokens, next_obs = env_buffer.tokens[kept], env_buffer.next_obs[kept]
-        O = self.obs_dim
-        target = torch.cat([tokens[:, -1:], next_obs - tokens[:, :O]], -1)
-        for name, data in (("token", tokens), ("target", target)):
-            std, mean = torch.std_mean(data, 0, correction=0)
-            getattr(self, f"{name}_mean").copy_(mean)
-            # A constant dimension stays what it is, centred: never a division by zero.
-            getattr(self, f"{name}_std").copy_(torch.where(std > 1e-6, std, 1.0))
+    def use_statistics(self, statistics):
+        """Standardise by D_env.statistics() from now on."""
+        for name, value in statistics.items():
+            getattr(self, name).copy_(value)
 
-    def fit(self, env_buffer):
+    def fit(self, D_env):
         """theta <- argmax of the (beta-weighted) likelihood of D_env (Algorithm 2, line 3).
 
         Each member trains on its own bootstrap resample, drawn once per fit, until none improved
         its hold-out error by more than 1 % for `patience` passes; each returns to its best weights.
+        What it standardises by are D_env's statistics of now.
         """
-        if len(env_buffer) == 0:
+        if len(D_env) == 0:
             raise ValueError("D_env holds no rows to fit the meta-model to")
-        self.update_statistics(env_buffer)
-        train, E = env_buffer.rows(holdout=False), len(self.min_logvar)
+        self.use_statistics(D_env.statistics())
+        train, E = D_env.rows(holdout=False), len(self.min_logvar)
         if len(train) == 0:  # a handful of rows, all drawn into the hold-out
-            train = env_buffer.rows(holdout=True)
+            train = D_env.rows(holdout=True)
         resample = train[torch.randint(len(train), (E, len(train)), device=train.device)]
-        best_error = self.validate(env_buffer)["member_error"]
+        best_error = self.validate(D_env)["member_error"]
         best = [p.detach().clone() for p in self.parameters()]
         passes = waited = 0
         while waited < self.patience and passes < self.max_passes:
             for rows in self.one_pass(resample):  # [E, b]
-                tokens, mask, x, y = self.standardised(env_buffer.batch(rows.flatten()))
+                tokens, mask, x, y = self.standardised(D_env.batch(rows.flatten()))
                 by_member = lambda t: t.unflatten(-2, rows.shape)
                 loss = self.loss(by_member(tokens).transpose(0, 1),  # [E, L, b, D]
                                  mask.unflatten(-1, rows.shape).transpose(0, 1),
@@ -236,10 +230,10 @@ class MetaModel(nn.Module):
                 loss.backward()
                 self.optimizer.step()
             passes += 1
-            error = self.validate(env_buffer)["member_error"]
+            error = self.validate(D_env)["member_error"]
             if not torch.isfinite(error).all():
                 raise FloatingPointError("the meta-model's loss is not finite at env step "
-                                         f"{env_buffer.total}")
+                                         f"{D_env.total}")
             better = error < 0.99 * best_error  # [E]
             best_error = torch.where(better, error, best_error)
             for b, p in zip(best, self.parameters()):
@@ -249,15 +243,15 @@ class MetaModel(nn.Module):
             for b, p in zip(best, self.parameters()):
                 p.copy_(b)
         self.elite.copy_(torch.argsort(best_error)[:self.elites])
-        found = self.validate(env_buffer)
-        found["nll_train"] = self.validate(env_buffer, holdout=False)["nll"]
+        metrics = self.validate(D_env)
+        metrics["nll_train"] = self.validate(D_env, holdout=False)["nll"]
         names = ("nll", "nll_train", "explained_reward", "explained_obs")
-        return {"passes": passes} | {name: found[name].item() for name in names}
+        return {"passes": passes} | {name: metrics[name].item() for name in names}
 
     def one_pass(self, resample):
-        """Minibatches [E, b] of each member's resample [E, n], shuffled. While data is scarce a pass
-        would be a step or two, and five passes of patience over before learning began: then the
-        resample is gone through again, up to `least_steps` minibatches."""
+        """Minibatches [E, b] of each member's resample [E, n], shuffled. While data is scarce a
+        pass would be a step or two, and five passes of patience over before learning began: then
+        the resample is gone through again, up to `least_steps` minibatches."""
         again = math.ceil(self.least_steps / math.ceil(resample.shape[1] / self.batch_size))
         shuffles = [torch.argsort(torch.rand(resample.shape, device=resample.device), 1)
                     for _ in range(again)]
@@ -265,16 +259,17 @@ class MetaModel(nn.Module):
             yield from resample.gather(1, shuffle).split(self.batch_size, 1)
 
     @torch.no_grad()
-    def validate(self, env_buffer, holdout=True):
+    def validate(self, D_env, holdout=True):
         """On rows never trained on (or on the others): each member's weighted squared error, the
         ensemble's NLL per transition (nats, in standardised units; Fig. 11), and the share
         of the variance of reward and observation change that its mean explains (0 = blind)."""
-        rows = env_buffer.rows(holdout)
+        rows = D_env.rows(holdout)
         if len(rows) == 0:
-            rows = env_buffer.rows(not holdout)
+            rows = D_env.rows(not holdout)
         if len(rows) > self.max_holdout:  # evenly over the run, the same rows at every pass
-            rows = rows[torch.linspace(0, len(rows) - 1, self.max_holdout, device=rows.device).long()]
-        tokens, mask, x, y = self.standardised(env_buffer.batch(rows))
+            spread = torch.linspace(0, len(rows) - 1, self.max_holdout, device=rows.device)
+            rows = rows[spread.long()]
+        tokens, mask, x, y = self.standardised(D_env.batch(rows))
         mean, logvar = self.predict(tokens, mask, x)  # [E, B, O + 1]
         member_error = ((mean - y) ** 2 * self.weight).sum(-1).mean(-1)  # [E]
         log_members = -gaussian_nll(mean, logvar, y).sum(-1)[self.elite]  # [E, B]
@@ -283,5 +278,5 @@ class MetaModel(nn.Module):
         explained = 1 - residual / y.var(0, correction=0).clamp(min=1e-8)  # [O + 1]
         varies = y.var(0, correction=0) > 1e-8  # what never varies counts as not explained
         obs = torch.where(varies[1:], explained[1:], 0).sum() / varies[1:].sum().clamp(min=1)
-        return {"member_error": member_error, "nll": nll, "explained_reward": explained[0] * varies[0],
-                "explained_obs": obs}
+        return {"member_error": member_error, "nll": nll,
+                "explained_reward": explained[0] * varies[0], "explained_obs": obs}

@@ -34,6 +34,7 @@ import checkpoint
 import envs
 import m3po
 from evaluation import Group, early_steps, evaluate, summarise
+from flags import OneLineParser, count, natural
 
 BLUE, RED, GREY = "#0072B2", "#CC3311", "#8C8C8C"  # told apart by the colour-blind too
 COLOURS = {1: BLUE, -1: RED, 0: GREY}  # of a direction; 0 is none
@@ -407,7 +408,7 @@ def play(args):
     check(args, env)
     film = Film(env) if args.view or args.video or args.strip else env
     others = [m3po.make_env(run) for _ in range(args.episodes - 1)]
-    env_seeds = m3po.seeds(args.seed, 2, 0, args.episodes)  # 2: no training's, no evaluation's
+    env_seeds = envs.seeds(args.seed, 2, 0, args.episodes)  # 2: no training's, no evaluation's
     episodes = evaluate(policy, Group([film, *others]), env_seeds, run.L)
     report(episodes, run.gamma, early_steps(env))
     if film is env:
@@ -431,19 +432,19 @@ def play(args):
 
 
 def build_parser():
-    p = m3po.OneLineParser("play.py", allow_abbrev=False, description=__doc__.split("\n\n")[0])
+    p = OneLineParser("play.py", description=__doc__.split("\n\n")[0])
     p.add_argument("run", metavar="RUN_DIR", help="a run folder, with its agent.pt")
-    p.add_argument("--episodes", type=m3po.count, default=10, help="episodes to evaluate (10)")
-    p.add_argument("--seed", type=m3po.natural, default=0,
+    p.add_argument("--episodes", type=count, default=10, help="episodes to evaluate (10)")
+    p.add_argument("--seed", type=natural, default=0,
                    help="of the episodes, which no training or evaluation saw (0)")
     p.add_argument("--view", action="store_true", help="watch the first episode in a window")
     p.add_argument("--video", type=output_path(".gif", ".mp4"), metavar="PATH",
                    help="the first episode around its first switch, .gif or .mp4")
     p.add_argument("--strip", type=output_path(".png"), metavar="PATH",
                    help="time-lapse of the first episode, .png")
-    p.add_argument("--window", type=m3po.natural, nargs=2, metavar=("FROM", "TO"),
+    p.add_argument("--window", type=natural, nargs=2, metavar=("FROM", "TO"),
                    help="env steps to show")
-    p.add_argument("--every", type=m3po.count, metavar="STEPS",
+    p.add_argument("--every", type=count, metavar="STEPS",
                    help="env steps from one frame of the video to the next (2; toy 1)")
     return p
 

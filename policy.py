@@ -18,7 +18,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import HistoryNet
-from rollouts import Batch
 
 LOG_STD_MIN, LOG_STD_MAX = -10, 2
 LOGGED = ("q_loss", "actor_loss", "q_mean", "td_error", "entropy")  # what one update returns
@@ -36,8 +35,8 @@ class MetaPolicy(nn.Module):
 
     def __init__(self, obs_dim, act_dim, token_dim=None, widths=(400, 400), z_dim=5, gamma=0.99,
                  tau=0.005, lr=3e-4, alpha=None, target_entropy=None, layer_norm=False):
-        """alpha: a fixed temperature (1.0 is the paper's literal objective); None tunes it from 0.1.
-        layer_norm: in Q, which without it runs away upwards (README, deviations)."""
+        """alpha: a fixed temperature (1.0 is the paper's objective); None tunes it, from 0.1.
+        layer_norm: in Q, which without it runs away upwards (docs/DEVIATIONS.md)."""
         super().__init__()
         O, A = obs_dim, act_dim
         token_dim = O + A + 1 if token_dim is None else token_dim
@@ -45,7 +44,7 @@ class MetaPolicy(nn.Module):
         self.actor = HistoryNet(1, token_dim, O, 2 * A, widths, z_dim)
         self.qf = HistoryNet(2, token_dim, O + A, 1, widths, z_dim, layer_norm)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
-        # The nets see tokens and observations standardised by the meta-model's statistics of D_env.
+        # The nets see tokens and observations standardised by the statistics of D_env.
         self.register_buffer("token_mean", torch.zeros(O + A + 1))
         self.register_buffer("token_std", torch.ones(O + A + 1))
         self.target_entropy = -A / 2 if target_entropy is None else target_entropy  # MBPO
@@ -55,20 +54,15 @@ class MetaPolicy(nn.Module):
         self.q_optimizer = adam(self.qf.parameters())
         self.actor_optimizer = adam([*self.actor.parameters(), self.log_alpha])  # nothing in common
 
-    def compile_methods(self):
-        """Fuse the many small kernels around the matrix products: the same equations, compiled once
-        for each batch size."""
-        for name in ("critic_loss", "actor_loss", "distribution"):
-            setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
-
-    def use_statistics(self, model):
-        self.token_mean.copy_(model.token_mean)
-        self.token_std.copy_(model.token_std)
+    def use_statistics(self, statistics):
+        """Standardise by D_env.statistics() from now on."""
+        self.token_mean.copy_(statistics["token_mean"])
+        self.token_std.copy_(statistics["token_std"])
 
     def standardise(self, tokens, obs):
         O = self.obs_dim
-        return (((tokens - self.token_mean) / self.token_std).clamp(-10, 10),
-                ((obs - self.token_mean[:O]) / self.token_std[:O]).clamp(-10, 10))
+        return ((tokens - self.token_mean).div_(self.token_std).clamp_(-10, 10),
+                (obs - self.token_mean[:O]).div_(self.token_std[:O]).clamp_(-10, 10))
 
     # ---- the nets, all fed raw tokens [L, B, D], mask [L, B], obs [B, O] ------------------------
 
@@ -84,7 +78,7 @@ class MetaPolicy(nn.Module):
         return qf(tokens, mask, torch.cat([obs, actions], -1)).squeeze(-1)
 
     def sample(self, tokens, mask, obs, noise):
-        """a = tanh(mean + std * noise) [B, A] and log pi(a | h) [B]; gradients flow through both."""
+        """a = tanh(mean + std * noise) [B, A] and log pi(a | h) [B], both with gradients."""
         mean, log_std = self.distribution(tokens, mask, obs)
         u = mean + log_std.exp() * noise
         return torch.tanh(u), squashed_log_prob(u, noise, log_std)
@@ -105,9 +99,10 @@ class MetaPolicy(nn.Module):
     # ---- learning: Algorithm 2, lines 10-12 ---------------------------------------------------
 
     def critic_loss(self, batch, noise):
-        """Q(a_t, h_t) -> y = r_t + gamma (1 - d_t) [min_i Q'_i(a', h_{t+1}) - alpha log pi(a'|h_{t+1})]
+        """Q(a_t, h_t) -> y = r_t + gamma (1 - d_t) [min_i Q'_i(a', h') - alpha log pi(a' | h')]
 
-        (Sec. 6, Q and V). Only termination cuts the bootstrap: d_t is never a time limit.
+        with h' = h_{t+1} (Sec. 6, Q and V). Only termination cuts the bootstrap: d_t is
+        never a time limit.
         """
         obs, actions, rewards = batch.split(self.obs_dim)
         with torch.no_grad():
@@ -122,7 +117,8 @@ class MetaPolicy(nn.Module):
         return (error**2).mean(-1).sum(), q.detach().mean(), error.detach().abs().mean()
 
     def actor_loss(self, batch, noise):
-        """J(phi) = E[alpha log pi(a|h) - min_i Q_i(a, h)], a ~ pi: KL(pi || exp(Q - V)) of Sec. 6."""
+        """J(phi) = E[alpha log pi(a|h) - min_i Q_i(a, h)], a ~ pi: KL(pi || exp(Q - V)) of Sec. 6.
+        """
         history = batch.tokens[:-1], batch.mask[:-1], batch.split(self.obs_dim)[0]
         actions, logp = self.sample(*history, noise)
         q = self.q_values(self.qf, *history, actions).amin(0)  # [B]
@@ -135,7 +131,8 @@ class MetaPolicy(nn.Module):
     @torch.no_grad()
     def update_targets(self):
         """Q' <- (1 - tau) Q' + tau Q."""
-        torch._foreach_lerp_(list(self.qf_target.parameters()), list(self.qf.parameters()), self.tau)
+        targets, sources = list(self.qf_target.parameters()), list(self.qf.parameters())
+        torch._foreach_lerp_(targets, sources, self.tau)
 
     def update(self, batch, noise):
         """One policy update on a Batch with standard normal noise [2, B, A]. Returns a tensor of
@@ -155,64 +152,3 @@ class MetaPolicy(nn.Module):
 
         self.update_targets()
         return torch.stack([q_loss.detach(), actor_loss.detach(), q_mean, td_error, -logp.mean()])
-
-
-class GraphedUpdate:
-    """`policy.update` as one CUDA graph: recorded once, then replayed, so that the GPU does not wait
-    for Python to launch hundreds of small kernels. The same kernels in the same order.
-
-    A replay reads its inputs where the recording read them, so they are copied there first. Where
-    recording fails, updates go on as they were. (PyTorch, "CUDA semantics", whole-network capture.)
-    """
-
-    def __init__(self, policy):
-        self.policy, self.inputs, self.graph = policy, None, None
-        self.capturable(False)  # true in a recorded run's checkpoint; PyTorch warns before a recording
-        self.first = 3  # updates before the recording: they compile, and set up the optimizers
-
-    def run(self):
-        return self.policy.update(Batch(*self.inputs[:-1]), self.inputs[-1])
-
-    def __call__(self, batch, noise):
-        given = (*batch, noise)
-        if self.inputs is None:
-            self.inputs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in given]
-        for kept, x in zip(self.inputs, given, strict=True):
-            kept.copy_(x)
-        if self.first:
-            self.first -= 1
-            return self.run_aside()
-        if self.graph is None:
-            self.record()
-        if not self.graph:
-            return self.run()
-        self.graph.replay()
-        return self.losses.clone()
-
-    def run_aside(self):
-        """On a stream of its own, as a recording will be: autograd remembers where it first ran."""
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
-            losses = self.run()
-        here.wait_stream(aside)
-        return losses
-
-    def capturable(self, on):
-        for optimizer in (self.policy.q_optimizer, self.policy.actor_optimizer):
-            for group in optimizer.param_groups:
-                group["capturable"] = on
-
-    def record(self):
-        """Nothing is computed meanwhile; the first replay does."""
-        self.capturable(True)
-        try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.losses = self.run()
-            self.graph = graph
-        except RuntimeError as error:
-            self.graph = False
-            self.capturable(False)
-            self.policy.qf.requires_grad_(True)  # if update was left where it is False
-            print(f"CUDA graph   off: {' '.join(str(error).split())[:120]}", flush=True)

@@ -4,9 +4,10 @@ A branch, for L = 3 and k = 2, leaving the real step t of an episode that began 
 
     D_env     ... x[t-4] x[t-3] x[t-2] x[t-1] x[t] x[t+1] ...        x = real token (o, a, r)
                          \\______ window _____/  o[t]                 h_t: L tokens, then o_t
-    depth 0               x[t-3] x[t-2] x[t-1] | o[t]  -> y0         a ~ pi(h), (r, o') ~ p_theta(h, a)
-    depth 1                      x[t-2] x[t-1]   y0    | o' -> y1    y = imagined token, r is predicted
-    D_model   stores y0 and y1, each with the index t and its depth; windows are gathered when sampled
+    depth 0               x[t-3] x[t-2] x[t-1] | o[t]  -> y0      a ~ pi(h), (r, o') ~ p_theta(h, a)
+    depth 1                      x[t-2] x[t-1]   y0    | o' -> y1 y = imagined token, r predicted
+    D_model   stores y0 and y1, each with t, its depth and the imagined tokens before it (y1: y0);
+              the real part of a window stays in D_env and is gathered when the row is sampled
 
 THE HISTORY CONTRACT (everything else refers to this)
   * token_i = (o_i, a_i, r_i): the observation, the action taken there, the reward it brought.
@@ -28,7 +29,7 @@ import torch
 
 
 class Batch(NamedTuple):
-    """B transitions with their histories; the trailing O + A + 1 numbers of tokens[-1] are step t."""
+    """B transitions, each with its history; tokens[-1] is step t's own token."""
 
     tokens: torch.Tensor  # [L + 1, B, D] float32, see the contract above
     mask: torch.Tensor  # [L + 1, B] bool, True where the token exists (the last row always)
@@ -42,7 +43,8 @@ class Batch(NamedTuple):
 
     def join(self, other):
         """Both batches as one."""
-        return Batch(torch.cat([self.tokens, other.tokens], 1), torch.cat([self.mask, other.mask], 1),
+        return Batch(torch.cat([self.tokens, other.tokens], 1),
+                     torch.cat([self.mask, other.mask], 1),
                      torch.cat([self.next_obs, other.next_obs]),
                      torch.cat([self.terminated, other.terminated]))
 
@@ -55,15 +57,19 @@ class Batch(NamedTuple):
                         self.terminated[rows])
 
 
-def slide(tokens, mask, token, exists=True):
-    """The window [L, B, D], [L, B] a step later: token [B, D] enters, the oldest falls out. exists
-    [B]: False where the branch is dead, so that the slot stays masked."""
-    own = torch.ones_like(token[:, 0], dtype=torch.bool) & exists
-    return torch.cat([tokens, token[None]])[1:], torch.cat([mask, own[None]])[1:]
+def slide(tokens, mask, token):
+    """The window [L, B, D], [L, B] a step later: token [B, D] enters, the oldest falls out."""
+    exists = torch.ones_like(token[:, 0], dtype=torch.bool)
+    return torch.cat([tokens, token[None]])[1:], torch.cat([mask, exists[None]])[1:]
+
+
+def take(x, rows):
+    """x[rows] for rows [B], in a fraction of the time on a CPU."""
+    return x.index_select(0, rows)
 
 
 class LiveHistory:
-    """The windows of n episodes as they happen: what an acting agent carries, and all it carries."""
+    """The windows of n episodes as they happen: all that an acting agent carries."""
 
     def __init__(self, n, L, token_dim, device="cpu"):
         self.tokens = torch.zeros(L, n, token_dim, device=device)  # oldest first
@@ -82,9 +88,9 @@ class EnvBuffer:
     STATE = ("tokens", "next_obs", "terminated", "age", "holdout")  # tensors of a checkpoint
 
     def __init__(self, capacity, obs_dim, act_dim, L, device="cpu", holdout=0.2, block=5):
-        """holdout: share of the rows the model never trains on, in runs of `block` steps."""
+        """holdout: fraction of the rows the model never trains on, in runs of `block` steps."""
         self.capacity, self.obs_dim, self.act_dim, self.L = capacity, obs_dim, act_dim, L
-        self.device, self.holdout_share, self.block = torch.device(device), holdout, block
+        self.device, self.holdout_fraction, self.block = torch.device(device), holdout, block
         self.tokens = torch.zeros(capacity, obs_dim + act_dim + 1, device=device)
         self.next_obs = torch.zeros(capacity, obs_dim, device=device)
         self.terminated = torch.zeros(capacity, device=device)
@@ -92,7 +98,7 @@ class EnvBuffer:
         # Drawn once, when a row is written: the model is warm-started, so a split redrawn at each
         # fit would leak. In runs of steps, so that model errors can be measured over several steps.
         self.holdout = torch.zeros(capacity, dtype=torch.bool, device=device)
-        self.back = torch.arange(L, 0, -1, device=device)[:, None]  # [L, 1]: slot 0 is L steps back
+        self.lags = torch.arange(L, -1, -1, device=device)[:, None]  # [L + 1, 1] steps back, 0 last
         self.total = 0  # rows ever written
         self.now = 0  # t of the step that add() will write next
         self.held = False  # whether the current run of steps is held out
@@ -115,40 +121,50 @@ class EnvBuffer:
         self.terminated[i] = float(terminated)  # truncation alone never cuts the bootstrap
         self.age[i] = self.now
         if self.now % self.block == 0:
-            self.held = bool(torch.rand(()) < self.holdout_share)
+            self.held = bool(torch.rand(()) < self.holdout_fraction)
         self.holdout[i] = self.held
         self.total += 1
         self.now = 0 if terminated or truncated else self.now + 1
 
     def end_episode(self):
-        """Forget the running history without a row (the simulator failed: FAULTS row 7)."""
+        """Forget the running history without a row (the simulator failed)."""
         self.now = 0
 
-    def window(self, rows, shift=0, age=None):
-        """Windows of h at the given absolute rows [B]: tokens [L, B, D], mask [L, B].
+    # ---- windows ----------------------------------------------------------------------------
 
-        With `shift` [B] the newest `shift` slots are left empty, for imagined tokens, and the real
-        ones stand that much further back.
-        """
-        age = self.age[rows % self.capacity] if age is None else age
-        back = self.back - shift  # [L, B] real steps back from `rows`
-        exists = torch.minimum(age, rows - self.oldest)  # own episode, and not yet overwritten
-        mask = (back >= 1) & (back <= exists)
-        tokens = self.tokens[torch.where(mask, rows - back, 0) % self.capacity]
-        return tokens, mask
+    def length(self, rows):
+        """How many tokens h has at the absolute rows [B]: those of its own episode that are not yet
+        overwritten. A row that is overwritten itself has none."""
+        age = take(self.age, rows % self.capacity)
+        return torch.minimum(age, rows - self.oldest).clamp(min=0)
+
+    def gather(self, rows, mask, out=None):
+        """The tokens at absolute rows [T, B], where mask [T, B] is True, as [T, B, D]; if given,
+        into `out`."""
+        slots = (torch.where(mask, rows, 0) % self.capacity).flatten()
+        out = self.tokens.new_empty(*rows.shape, self.tokens.shape[1]) if out is None else out
+        torch.index_select(self.tokens, 0, slots, out=out.flatten(0, 1))
+        return out
+
+    def window(self, rows, length=None):
+        """The windows of h at absolute rows [B]: tokens [L, B, D], mask [L, B]."""
+        lags = self.lags[:-1]
+        mask = lags <= (self.length(rows) if length is None else length)
+        return self.gather(rows - lags, mask), mask
 
     def live_window(self):
         """The history of the step about to be taken: tokens [L, 1, D], mask [L, 1]."""
-        rows = torch.full((1,), self.total, device=self.device)
-        return self.window(rows, age=torch.full_like(rows, self.now))
+        row = torch.full((1,), self.total, device=self.device)
+        return self.window(row, length=min(self.now, len(self)))
 
     def batch(self, rows):
         """The transitions at absolute rows [B] as a Batch."""
-        tokens, mask = self.window(rows)
-        i = rows % self.capacity
-        own = torch.ones(1, len(rows), dtype=torch.bool, device=self.device)
-        return Batch(torch.cat([tokens, self.tokens[i][None]]), torch.cat([mask, own]),
-                     self.next_obs[i], self.terminated[i])
+        mask = self.lags <= self.length(rows)  # [L + 1, B]; lag 0 is the step itself
+        slots = rows % self.capacity
+        return Batch(self.gather(rows - self.lags, mask), mask, take(self.next_obs, slots),
+                     take(self.terminated, slots))
+
+    # ---- which rows -------------------------------------------------------------------------
 
     def sample_rows(self, n):
         """n absolute row numbers, uniform over all rows kept (line 7)."""
@@ -157,9 +173,13 @@ class EnvBuffer:
     def sample(self, n):
         return self.batch(self.sample_rows(n))
 
+    def kept(self):
+        """All absolute rows kept, oldest first."""
+        return torch.arange(self.oldest, self.total, device=self.device)
+
     def start_rows(self):
         """Absolute rows kept that begin an episode."""
-        kept = torch.arange(self.oldest, self.total, device=self.device)
+        kept = self.kept()
         first = kept[self.age[kept % self.capacity] == 0]
         if len(first) == 0:
             raise ValueError("D_env holds no episode's first step: give a larger --env-capacity")
@@ -167,8 +187,20 @@ class EnvBuffer:
 
     def rows(self, holdout):
         """All absolute rows kept that are (not) in the hold-out, oldest first."""
-        kept = torch.arange(self.oldest, self.total, device=self.device)
+        kept = self.kept()
         return kept[self.holdout[kept % self.capacity] == holdout]
+
+    def statistics(self):
+        """Mean and standard deviation over all rows kept, by which policy and model standardise: of
+        a token (o, a, r) [D], and of what the model predicts, (r, o' - o) [1 + O]."""
+        tokens, next_obs = self.tokens[:len(self)], self.next_obs[:len(self)]  # any order will do
+        change = next_obs - tokens[:, :self.obs_dim]
+        statistics = {}
+        for name, data in (("token", tokens), ("target", torch.cat([tokens[:, -1:], change], -1))):
+            std, mean = torch.std_mean(data, 0, correction=0)
+            # A constant dimension stays what it is, centred: never a division by zero.
+            statistics |= {f"{name}_mean": mean, f"{name}_std": torch.where(std > 1e-6, std, 1.0)}
+        return statistics
 
     def state_dict(self):
         kept = {name: getattr(self, name)[:len(self)].clone() for name in self.STATE}
@@ -192,69 +224,52 @@ class Branches(NamedTuple):
     alive: torch.Tensor  # [M] bool
 
 
-def branch(env_buffer, origin):
+def branch(D_env, origin):
     """Start branches at the histories of the given D_env rows [M] (line 7)."""
-    tokens, mask = env_buffer.window(origin)
-    obs = env_buffer.tokens[origin % env_buffer.capacity][:, :env_buffer.obs_dim]
+    tokens, mask = D_env.window(origin)
+    obs = take(D_env.tokens, origin % D_env.capacity)[:, :D_env.obs_dim]
     return Branches(tokens, mask, obs, origin, torch.zeros_like(origin),
                     torch.ones_like(origin, dtype=torch.bool))
 
 
 class ModelBuffer:
-    """D_model: a ring of blocks, each one imagined step of M branches (lines 6-9).
+    """D_model: a ring of imagined steps (lines 6-9).
 
-    A branch of length k fills k consecutive blocks of its column, so the token imagined i steps
-    earlier lies i blocks back, and older ones are in D_env: a row needs no copy of its window.
-    `order` lists, block by block, the columns that were alive and finite; what is written in the
-    others is never looked at.
-    Blocks are overwritten oldest first, k at a time.
+    A row is one imagined step. It holds the D_env row that its branch left from, its depth, its own
+    token and the min(k - 1, L) tokens before it. Whatever lies further back is real and is gathered
+    from D_env when the row is sampled, so for k = 1 a row is its own step and two numbers.
+
+    The M branches fill M rows per imagined step, oldest rows first; `living` lists, per such step,
+    the rows that were alive and finite. What is written in the others is never looked at.
     """
 
-    def __init__(self, env_buffer, M, k, steps, terminated_fn, full=False, horizon=1000):
-        """steps: env steps whose rollouts are kept. full: Sec. 5.1's rollouts, one
-        imagined step per env step from initial histories to termination or `horizon`, the length
-        of a real episode."""
-        env, self.env = env_buffer, env_buffer
-        self.M, self.k, self.full, self.horizon = M, k, full, horizon
-        self.terminated_fn = terminated_fn
-        # Full: the oldest L blocks serve as history only, so that no window is cut by the ring.
-        self.spare = env.L if full else 0
-        self.blocks = steps * (1 if full else k) + self.spare
-        n, dev = self.blocks * M, env.device
-        self.tokens = torch.zeros(n, env.tokens.shape[1], device=dev)
-        self.next_obs = torch.zeros(n, env.obs_dim, device=dev)
-        self.terminated = torch.zeros(n, device=dev)
-        self.origin = torch.zeros(n, dtype=torch.long, device=dev)
-        self.depth = torch.zeros(n, dtype=torch.long, device=dev)
-        self.order = torch.zeros(self.blocks, M, dtype=torch.int32, device=dev)
-        self.count = torch.zeros(self.blocks, dtype=torch.long, device=dev)
+    STATE = ("tokens", "next_obs", "terminated", "origin", "depth", "living")  # by row
+
+    def __init__(self, D_env, M, k, steps, terminated_fn):
+        """steps: env steps whose rollouts are kept. A longer k than this one does not fit later."""
+        self.D_env, self.M, self.k, self.terminated_fn = D_env, M, k, terminated_fn
+        self.own = min(k - 1, D_env.L)  # tokens before its own that a row holds
+        self.blocks = steps * k  # of M rows
+        new = lambda *shape, dtype=torch.float32: torch.zeros(
+            self.blocks * M, *shape, dtype=dtype, device=D_env.device)
+        self.tokens = new(self.own + 1, D_env.tokens.shape[1])
+        self.next_obs = new(D_env.obs_dim)
+        self.terminated = new()
+        self.origin = new(dtype=torch.long)
+        self.depth = new(dtype=torch.long)
+        self.living = new(dtype=torch.long)  # rows, per block the living first
+        self.count = torch.zeros(self.blocks, dtype=torch.long, device=D_env.device)  # of these
+        self.sampled = self.blocks  # so many, the newest, are sampled from
         self.written = 0  # blocks ever written
-        self.running = None  # Branches: full rollouts go on from env step to env step
-        # They all begin together. Each is cut once, at a block of its own, so that from then on
-        # D_model holds every age of an episode at any time and not the same one M times.
-        self.cut = torch.arange(1, M + 1, device=dev) * horizon // M
-        self.stats = torch.zeros(3, device=dev)  # imagined, terminated, non-finite (for the log)
+        self.sure = 0  # has_rows knows its answer until so many are
+        self.stats = torch.zeros(3, device=D_env.device)  # for the log: imagined, ended, non-finite
 
     @torch.no_grad()
     def rollout(self, policy, model):
         """Lines 6-9: M rollouts of k steps from histories drawn uniformly from D_env."""
-        if self.full:
-            self.running = self.step(self.restart(self.running), policy, model)
-            return
-        branches = branch(self.env, self.env.sample_rows(self.M))
+        branches = branch(self.D_env, self.D_env.sample_rows(self.M))
         for _ in range(self.k):
             branches = self.step(branches, policy, model)
-
-    def restart(self, running):
-        """Full rollouts: dead or finished episodes begin anew at a real initial observation."""
-        first = self.env.start_rows()
-        fresh = branch(self.env, first[torch.randint(len(first), (self.M,), device=first.device)])
-        if running is None:
-            return fresh
-        go_on = running.alive & (running.depth < self.horizon) & (self.cut != self.written)
-        keep = {"tokens": go_on[:, None], "obs": go_on[:, None]}
-        return Branches(*(torch.where(keep.get(name, go_on), old, new) for name, old, new
-                          in zip(Branches._fields, running, fresh)))
 
     def step(self, b, policy, model):
         """One imagined step of every branch; what is dead or not finite is not stored."""
@@ -265,65 +280,63 @@ class ModelBuffer:
         stored = b.alive & finite
 
         token = torch.cat([b.obs, action, reward[:, None]], -1)  # [M, D], r is the predicted one
+        tokens, mask = torch.cat([b.tokens, token[None]]), torch.cat([b.mask, stored[None]])
         block = self.written % self.blocks
         rows = slice(block * self.M, (block + 1) * self.M)
-        self.tokens[rows], self.next_obs[rows] = token, next_obs
-        self.terminated[rows], self.origin[rows], self.depth[rows] = done.float(), b.origin, b.depth
-        self.order[block] = torch.argsort(~stored, stable=True)  # the living first
+        self.tokens[rows] = tokens[-1 - self.own:].transpose(0, 1)
+        self.next_obs[rows], self.terminated[rows] = next_obs, done.float()
+        self.origin[rows], self.depth[rows] = b.origin, b.depth
+        self.living[rows] = block * self.M + torch.argsort(~stored, stable=True)
         self.count[block] = stored.sum()
         self.written += 1
-        self.stats += torch.stack([b.alive.sum(), (stored & done).sum(), (b.alive & ~finite).sum()])
-        return Branches(*slide(b.tokens, b.mask, token, stored), next_obs, b.origin, b.depth + 1,
-                        stored & ~done)
+        self.stats += torch.stack([b.alive, stored & done, b.alive & ~finite]).sum(1)
+        return Branches(tokens[1:], mask[1:], next_obs, b.origin, b.depth + 1, stored & ~done)
 
-    def counts(self):
-        """Rows per block [blocks] that may be sampled."""
-        if not self.spare:
-            return self.count
-        age = (self.written - 1 - torch.arange(self.blocks, device=self.count.device)) % self.blocks
-        return torch.where(age < self.blocks - self.spare, self.count, 0)  # older: history only
+    def has_rows(self):
+        """Whether there is a row to sample. Asking the GPU waits for it, so what it said is
+        remembered as long as the newest block with a living row is kept."""
+        if self.written >= self.sure:
+            living = self.count.nonzero().flatten()
+            if len(living) == 0:
+                return False
+            age = ((self.written - 1 - living) % self.blocks).min().item()
+            self.sure = self.written - age + self.sampled
+        return True
 
     def sample(self, n):
-        """n stored rows, uniform over all of them, as a Batch. Nothing here waits for the GPU."""
-        count = self.counts()
-        ends = torch.cumsum(count, 0)  # rows up to and including each block
-        pick = (torch.rand(n, dtype=torch.float64, device=count.device) * ends[-1]).long()
+        """n living rows, uniform over all of them, as a Batch. Nothing here waits for the GPU;
+        has_rows says whether there is a row."""
+        ends = torch.cumsum(self.count, 0)  # living rows up to and including each block
+        pick = (torch.rand(n, dtype=torch.float64, device=ends.device) * ends[-1]).long()
         block = torch.searchsorted(ends, pick, right=True)
-        block = block.clamp(max=self.blocks - 1)  # in an empty D_model: rows that are not finite
-        column = self.order[block, pick - (ends[block] - count[block])].long()
-        return self.batch(block, column)
+        rank = pick - take(ends - self.count, block)  # among the living of its block
+        return self.batch(take(self.living, block * self.M + rank))
 
-    def batch(self, block, column):
-        """The rows at (block, column), both [B], as a Batch: real tokens, then imagined ones."""
-        row = block * self.M + column
-        depth = self.depth[row]
-        tokens, mask = self.env.window(self.origin[row], shift=depth)
-        if self.full or self.k > 1:
-            back = self.env.back  # [L, 1]
-            own = back <= depth  # imagined by this very branch
-            past = (block - back) % self.blocks * self.M + column  # same column, `back` blocks ago
-            tokens = torch.where(own[..., None], self.tokens[past], tokens)
-            mask = mask | own
-        last = torch.ones(1, len(row), dtype=torch.bool, device=mask.device)
-        return Batch(torch.cat([tokens, self.tokens[row][None]]), torch.cat([mask, last]),
-                     self.next_obs[row], self.terminated[row])
+    def batch(self, rows):
+        """The rows [B] as a Batch."""
+        tokens, mask = self.history(rows)
+        return Batch(tokens, mask, take(self.next_obs, rows), take(self.terminated, rows))
+
+    def history(self, rows):
+        """Tokens [L + 1, B, D], mask [L + 1, B] of rows [B]: real ones, then the branch's own."""
+        origin, depth, lags = take(self.origin, rows), take(self.depth, rows), self.D_env.lags
+        mask = lags <= depth + self.D_env.length(origin)  # lag 0 is the row's own token
+        older = len(lags) - 1 - self.own  # slots of real tokens alone, as depth < k
+        tokens = self.tokens.new_empty(*mask.shape, self.tokens.shape[-1])
+        self.D_env.gather(origin + depth - lags[:older], mask[:older], out=tokens[:older])
+        tokens[older:] = take(self.tokens, rows).transpose(0, 1)
+        return tokens, mask
 
     def __len__(self):
-        return int(self.counts().sum())
-
-    STATE = ("tokens", "next_obs", "terminated", "origin", "depth", "order", "count", "stats")
+        return int(self.count.sum())
 
     def state_dict(self):
         used = min(self.written, self.blocks)
-        rows = {"order": used, "count": used, "stats": 3}
-        kept = {name: getattr(self, name)[:rows.get(name, used * self.M)].clone()
-                for name in self.STATE}
-        running = None if self.running is None else list(self.running)
-        return kept | {"written": self.written, "running": running}
+        rows = {name: getattr(self, name)[:used * self.M].clone() for name in self.STATE}
+        return rows | {"count": self.count.clone(), "stats": self.stats.clone(),
+                       "written": self.written}
 
     def load_state_dict(self, state):
-        dev = self.env.device
-        for name in self.STATE:
-            getattr(self, name)[:len(state[name])] = state[name].to(dev)
-        self.written, running = state["written"], state["running"]
-        self.running = None if running is None else Branches(*(t.to(dev) for t in running))
+        for name in (*self.STATE, "count", "stats"):
+            getattr(self, name)[:len(state[name])] = state[name].to(self.D_env.device)
+        self.written, self.sure = state["written"], 0

@@ -339,7 +339,7 @@ def test_the_dead_and_the_non_finite_store_nothing_and_are_counted(L):
     expected, stats = set(), [0, 0, 0]
     for rollout in range(5):
         state = torch.get_rng_state()
-        origins = D_model.env.sample_rows(9).tolist()
+        origins = D_model.D_env.sample_rows(9).tolist()
         torch.set_rng_state(state)
         D_model.rollout(FakePolicy(), FakeModel(nan_reward=[(0, 1)], nan_obs=[(1, 0)]))
         for b, s in enumerate(origins):

@@ -16,6 +16,8 @@ import ablations
 import envs
 import figures
 import m3po
+from flags import differences
+from logs import Log
 from tests.conftest import (TINY, assert_refused, assert_same_run, error_line, fake_run, read_rows,
                             run)
 
@@ -23,7 +25,7 @@ from tests.conftest import (TINY, assert_refused, assert_same_run, error_line, f
 @pytest.mark.parametrize("label", ablations.ROWS)
 def test_a_row_of_the_ablations_is_the_variant_that_figures_name(label):
     args = vars(m3po.parse_args(ablations.ROWS[label][0].split())[0])
-    named = figures.variant(m3po.differences(args))
+    named = figures.variant(differences(args))
     assert named.replace(" ", "").startswith(label.replace(" ", ""))
     assert (named == "M3PO") == (label == "M3PO")
 
@@ -49,8 +51,8 @@ def test_ablations_skip_what_is_finished_go_on_with_what_is_not_and_outlive_a_fa
     out, results = tmp_path / "out", tmp_path / "results"
     run(out / "m3po/seed0")
     with monkeypatch.context() as patch:  # stopped between the first epoch and the second
-        patch.setattr(m3po, "finish_epoch", lambda args, env, p, *rest, first=m3po.finish_epoch:
-                      first(args, env, p, *rest) if p["step"] == 40 else sys.exit("stopped"))
+        patch.setattr(Log, "finish_epoch", lambda log, *rest, first=Log.finish_epoch:
+                      first(log, *rest) if log.progress.step == 40 else sys.exit("stopped"))
         with pytest.raises(SystemExit):
             run(out / "blind/seed0", "--L", 0)
     (out / "k2").mkdir()

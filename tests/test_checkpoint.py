@@ -11,8 +11,11 @@ import pytest
 import torch
 
 import checkpoint
+import envs
 import evaluation
+import faults
 import m3po
+import speed
 from tests.conftest import TINY, assert_same_run, parse, read_rows, resume_run, run
 
 
@@ -105,14 +108,14 @@ def test_a_checkpoint_has_the_same_names_compiled_and_eager(tmp_path):
     args, env, _ = parse(*TINY)
     for part in m3po.build(args, env, "cpu"):
         names = list(part.state_dict())
-        part.compile_methods()
+        speed.compile_methods(part)
         assert list(part.state_dict()) == names
 
 
 def test_a_loaded_agent_evaluates_exactly_as_the_live_one(tmp_path):
     run(tmp_path / "a", "--env", "halfcheetah-pier")
     policy, model, env, args = m3po.load(tmp_path / "a")
-    env_seeds = m3po.seeds(args.seed, 1, args.N, 2)
+    env_seeds = envs.seeds(args.seed, 1, args.N, 2)
     group = evaluation.Group([env, m3po.make_env(args)])
     episodes = evaluation.evaluate(policy, group, env_seeds, args.L)
     live = [float(row["return"]) for row in read_rows(tmp_path / "a", "eval.csv")[-2:]]
@@ -182,7 +185,7 @@ def test_a_log_without_even_its_first_line_does_not_stop_a_resume(tmp_path):
 
 def test_after_the_first_signal_a_second_one_stops_at_once():
     before = signal.getsignal(signal.SIGINT)
-    with checkpoint.StopSignals() as stop:
+    with faults.StopSignals() as stop:
         signal.raise_signal(signal.SIGINT)  # caught: the loop will see it and save
         assert stop.received == signal.SIGINT
         assert {signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)} == {signal.SIG_DFL}

@@ -8,6 +8,7 @@ import torch
 
 import figures
 import m3po
+from flags import differences
 from tests.conftest import error_line, fake_run, read_image
 
 
@@ -112,7 +113,7 @@ def test_a_run_is_drawn_from_its_two_small_files_whatever_columns_they_have(tmp_
 ])
 def test_a_variant_is_named_by_what_differs_from_the_defaults(flags, name):
     args = vars(m3po.parse_args([])[0])
-    assert sorted(figures.variant(m3po.differences(args | flags)).split(", ")) == sorted(
+    assert sorted(figures.variant(differences(args | flags)).split(", ")) == sorted(
         name.split(", "))
 
 

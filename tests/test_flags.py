@@ -1,9 +1,13 @@
 """The command line of m3po.py: defaults, and what is refused."""
 
+import re
+
 import pytest
 import torch
 
+import flags
 import m3po
+import speed
 from tests.conftest import TINY, assert_refused, parse, run
 
 
@@ -14,7 +18,7 @@ def test_the_toy_alone_has_no_layer_norm():
     assert not m3po.parse_args(["--env", "ant-fwd-bwd", "--no-layer-norm"])[0].layer_norm
 
 
-@pytest.mark.parametrize("flags, says", [
+@pytest.mark.parametrize("given, says", [
     (["--bogus"], "--bogus"), (["--epoch", "3"], "--epoch"), (["--k", "0"], "[1, inf)"),
     (["--k", "1.5"], "whole"), (["--gamma", "1"], "[0, 1)"), (["--gamma", "nan"], "[0, 1)"),
     (["--lr", "-1"], "(0, inf)"), (["--lr", "inf"], "(0, inf)"), (["--B", "0"], "[1, inf)"),
@@ -29,8 +33,8 @@ def test_the_toy_alone_has_no_layer_norm():
     (["--rollout", "full", "--k", "2"], "--k"),
 ])
 def test_an_impossible_flag_is_one_line_that_names_it_and_nothing_is_created(
-        flags, says, tmp_path, monkeypatch, capsys):
-    assert_refused(m3po.parse_args, flags, says, tmp_path, monkeypatch, capsys)
+        given, says, tmp_path, monkeypatch, capsys):
+    assert_refused(m3po.parse_args, given, says, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -42,6 +46,49 @@ def test_cuda_where_there_is_none_is_refused_and_only_auto_falls_back(capsys):
     assert args.device == "cpu"
 
 
+def test_the_table_of_defaults_names_every_flag_and_no_other():
+    actions = [a for a in flags.build_parser()._actions if a.dest != "help"]
+    assert sorted(a.dest for a in actions) == sorted(flags.DEFAULTS)
+    assert all(set(row) < set(flags.DEFAULTS) for row in flags.BY_ENV.values())
+    assert vars(flags.build_parser().parse_args([])) == {}  # what was not given is not there
+    args = vars(parse("--env", "humanoid-direc", "--tau", "0.1")[0])
+    assert {name: args[name] for name in args if args[name] != flags.DEFAULTS[name]} == {
+        "env": "humanoid-direc", "M": 500, "G": 20, "tau": 0.1, "out": args["out"], "device": "cpu"}
+
+
+def test_help_begins_with_two_commands_and_ten_flags_and_says_what_a_value_is(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    assert text.count("    python m3po.py") == 2 and len(text.splitlines()) < 120
+    first = text[text.index("the ten to know first"):text.index("Table 2 of the paper")]
+    assert re.findall(r"^  --(\S+)", first, re.M) == (
+        "env seed N G width L threads device out resume".split())
+    for action in flags.build_parser()._actions:
+        if action.nargs != 0 and action.choices is None:
+            assert action.metavar and action.metavar.lower() != action.dest.lower() or (
+                action.dest == "seed")
+    assert max(map(len, text.splitlines())) <= 100
+    for default in ("(1000; toy 200; pier 500; walker2d 500; humanoid 500)", "(250; toy 100)",
+                    "(yes; toy no)"):
+        assert default in " ".join(text.split())
+
+
+def test_small_nets_take_one_thread_and_large_ones_what_torch_would(monkeypatch):
+    monkeypatch.setattr(speed, "TORCHS_OWN", 2)
+    before, taken = torch.get_num_threads(), []
+    try:
+        for given in ([], ["--width", "128"], ["--width", "129"], ["--threads", "2"],
+                      ["--env", "ant-fwd-bwd"], ["--env", "ant-fwd-bwd", "--threads", "1"]):
+            args = parse(*given)[0]
+            speed.set_threads(args)
+            taken.append((torch.get_num_threads(), speed.cores(args)))
+    finally:
+        torch.set_num_threads(before)
+    # Of torch, and of evaluation's processes.
+    assert taken == [(1, 2), (1, 2), (2, 2), (2, 2), (2, 2), (1, 1)]
+
+
 def test_a_registered_id_is_the_short_name():
     args, _, _ = parse("--env", "M3PO/HumanoidDirec-v0")
     assert (args.env, args.M, args.G) == ("humanoid-direc", 500, 20)
@@ -49,7 +96,7 @@ def test_a_registered_id_is_the_short_name():
 
 def test_the_default_warmup_is_at_most_half_the_run_and_no_difference():
     args, _, _ = parse("--env", "halfcheetah-fwd-bwd", "--N", 3, "--k", 2)
-    assert args.warmup == 1_500 and m3po.differences(vars(args)) == {"k": 2}
+    assert args.warmup == 1_500 and flags.differences(vars(args)) == {"k": 2}
     assert parse("--N", 1, "--E", 1)[0].warmup == 1
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from rollouts import ModelBuffer
+from full import FullBuffer
 from tests.conftest import FakeModel, FakePolicy, never_terminates, real_steps, stored_rows
 
 
@@ -22,7 +22,7 @@ def test_full_rollouts_run_from_first_observations_to_the_horizon_in_the_model_a
         else:
             D_env.tokens[row, 1:] = math.nan  # of a first step only the observation is used
     dies = lambda next_obs: next_obs[:, 0] == 3_014
-    D_model = ModelBuffer(D_env, 5, 1, steps, dies, full=True, horizon=6)
+    D_model = FullBuffer(D_env, 5, steps, dies, horizon=6)
     D_env.tokens[0, 1:] = 0  # padding is read from slot 0 and masked
     model, seen = FakeModel(nan_obs=[(3, 4)]), {}
     for call in range(60):
@@ -54,7 +54,7 @@ def test_full_rollouts_run_from_first_observations_to_the_horizon_in_the_model_a
 
 
 def test_full_rollouts_that_never_end_are_soon_of_every_age():
-    D_model = ModelBuffer(real_steps(20, 2), 7, 1, 4, never_terminates, full=True, horizon=7)
+    D_model = FullBuffer(real_steps(20, 2), 7, 4, never_terminates, horizon=7)
     for call in range(30):
         D_model.rollout(FakePolicy(), FakeModel())
         ages = D_model.depth.view(-1, 7)[call % D_model.blocks]  # of the step just imagined
@@ -64,7 +64,7 @@ def test_full_rollouts_that_never_end_are_soon_of_every_age():
 
 def test_len_of_a_full_d_model_counts_what_sample_can_give():
     """L = 2 blocks are kept as history only: two good steps, then two without a number in them."""
-    D_model = ModelBuffer(real_steps(20, 2), 5, 1, 2, never_terminates, full=True)
+    D_model = FullBuffer(real_steps(20, 2), 5, 2, never_terminates, horizon=1000)
     bad = FakeModel(nan_reward=itertools.product(range(5), range(4)))
     for model, n in ((FakeModel(), 5), (FakeModel(), 10), (bad, 5), (bad, 0)):
         D_model.rollout(FakePolicy(), model)

@@ -1,14 +1,24 @@
 """What a run writes down about itself."""
 
+import fcntl
+import os
+import re
+import struct
+import subprocess
 import sys
+import termios
 
+import pytest
+
+import checkpoint
+import logs
 import m3po
-from tests.conftest import read_rows, run
+from tests.conftest import TINY, read_rows, run
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert m3po.versions()["commit"] == "unknown"
+    assert logs.versions()["commit"] == "unknown"
 
 
 def test_tensorboard_gets_every_number_where_it_is_installed(monkeypatch, tmp_path):
@@ -26,10 +36,61 @@ def test_tensorboard_gets_every_number_where_it_is_installed(monkeypatch, tmp_pa
     run(tmp_path / "a")
     assert ("losses/q_loss", 80) in written and ("charts/eval_return_mean", 40) in written
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert m3po.tensorboard(tmp_path, 0) is None
+    assert logs.tensorboard(tmp_path, 0) is None
 
 
 def test_a_model_that_was_never_fitted_has_no_errors_in_the_log(tmp_path):
     row = read_rows(run(tmp_path / "a", "--beta", 0, "--diagnose-every", 1))[-1]
     assert row["kl_pi"] and not any(
         row[name] for name in row if "depth" in name or "model_" in name)
+
+
+def test_where_there_is_no_terminal_there_is_no_bar_and_each_epoch_is_a_line(tmp_path, capfd):
+    run(tmp_path / "a", "--N", 3)
+    out, err = capfd.readouterr()
+    assert "\r" not in out + err and err == ""
+    warm_up, *learning = [line for line in out.splitlines() if line.startswith("epoch")]
+    assert "warm-up" in warm_up and "nan" not in warm_up and len(learning) == 2
+    for line in learning:
+        assert re.search(r"Q +-?[0-9.]+  alpha [0-9.]+  explained r -?[0-9.]+ o -?[0-9.]+", line)
+        assert len(line) <= 105
+    for word in ("legend", "alpha:", "explained:"):  # what these are
+        assert word in out[:out.index("\nepoch")]
+
+
+def test_a_model_that_is_not_fitted_explains_nothing_on_the_screen(tmp_path, capsys):
+    run(tmp_path / "a", "--beta", 0)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert "Q" in lines[-1] and "explained" not in lines[-1] and "nan" not in lines[-1]
+
+
+def test_dropped_steps_are_said_once_per_epoch_with_their_reason(run_env, tmp_path, capsys):
+    run(tmp_path / "a", *run_env(terminate_at=None, truncate_at=9, fail_at=4))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("faults")]
+    assert len(lines) == 2 and all("non-finite reward (10)" in line for line in lines)
+
+
+def test_a_terminal_has_a_bar_for_the_warm_up_and_then_one_for_learning(tmp_path):
+    """In a pseudo-terminal. An ETA over both would be that of a loop which does not learn yet."""
+    main, side = os.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("4H", 30, 100, 0, 0))  # rows, columns
+    child = subprocess.Popen([sys.executable, m3po.__file__, *TINY, "--out", tmp_path / "a"],
+                             stdout=side, stderr=side)
+    os.close(side)
+    seen = b""
+    try:
+        while more := os.read(main, 65536):
+            seen += more
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    assert child.wait() == 0
+    text = seen.decode()
+    assert "warm-up:" in text and "learning:" in text
+    assert "40/40" in text[text.rindex("warm-up:"):]  # of 80 env steps, 40 and 40
+    assert text.index("warm-up:") < text.index("learning:") and "epoch   1" in text
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(checkpoint.CheckpointError, match="file/a could not be written"):
+        run(tmp_path / "file" / "a")

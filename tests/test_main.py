@@ -188,14 +188,16 @@ def test_too_little_memory_is_one_line_and_a_bug_is_not(error, says, monkeypatch
 def test_beta_falls_from_one_to_zero_between_a_and_b():
     args, _, _ = parse("--env", "walker2d-randomparams", "--hybrid")
     assert args.hybrid == [50, 100]
-    assert [m3po.share_of_model(args, e) for e in (1, 50, 75, 100, 200)] == [1, 1, 0.5, 0, 0]
+    assert [m3po.model_fraction(args, e) for e in (1, 50, 75, 100, 200)] == [1, 1, 0.5, 0, 0]
     args, _, _ = parse("--beta", "0.25")
-    assert m3po.share_of_model(args, 5) == 0.25
+    assert m3po.model_fraction(args, 5) == 0.25
 
 
 @pytest.mark.parametrize("beta, imagined", [(1.0, 8), (0.5, 4), (0.25, 2), (0.0, 0)])
-def test_a_batch_holds_a_share_beta_of_imagined_rows(beta, imagined):
+def test_a_batch_holds_a_fraction_beta_of_imagined_rows(beta, imagined):
     class Rows:
+        act_dim, device = 1, "cpu"
+
         def __init__(self, value):
             self.value = value
 
@@ -205,7 +207,8 @@ def test_a_batch_holds_a_share_beta_of_imagined_rows(beta, imagined):
 
     batches = list(m3po.sample_batches(Rows(1.0), Rows(0.0), beta, 5, 8))
     assert len(batches) == 5
-    for batch in batches:
+    for batch, noise in batches:
+        assert noise.shape == (2, 8, 1)
         assert batch.tokens.shape == (3, 8, 4) and batch.mask.shape == (3, 8)
         assert batch.terminated.sum() == imagined and batch.next_obs[:, 0].sum() == imagined
 
@@ -218,6 +221,8 @@ def test_recurrent_sac_never_asks_the_model(tmp_path, monkeypatch):
         monkeypatch.setattr(m3po.MetaModel, name, refuse)
     rows = read_rows(run(tmp_path / "a", "--beta", 0))
     assert rows[-1]["imagined"] == "0" and math.isfinite(float(rows[-1]["q_loss"]))
+    policy, model, _, _ = m3po.load(tmp_path / "a")
+    assert (model.token_std == 1).all() and (policy.token_std != 1).any()  # nor what it scales by
 
 
 def test_blind_agents_and_hidden_rewards_see_nothing_of_them():

@@ -122,7 +122,7 @@ def test_samples_have_the_predicted_mean_and_standard_deviation_in_real_units():
 def test_validation_is_the_mixtures_nll_and_the_explained_share_of_the_variance():
     D_env = noisy_world(300)
     model = MetaModel(1, 1, members=4, widths=(8,), elites=2)
-    model.update_statistics(D_env)
+    model.use_statistics(D_env.statistics())
     model.elite.copy_(torch.tensor([3, 1]))
     found = model.validate(D_env)
     rows = D_env.rows(holdout=True)
@@ -142,7 +142,7 @@ def test_statistics_are_those_of_the_rows_kept_and_inputs_are_standardised_with_
         D_env = EnvBuffer(50, 3, 1, L=2)
         fill(D_env, n)
         model = MetaModel(3, 1, widths=(4,))
-        model.update_statistics(D_env)
+        model.use_statistics(D_env.statistics())
         batch = D_env.batch(torch.arange(max(0, n - 50), n))
         tokens, mask, x, y = model.standardised(batch)
         own = (batch.tokens[-1] - batch.tokens[-1].mean(0)) / batch.tokens[-1].std(0, correction=0)
@@ -199,7 +199,7 @@ def test_a_fit_that_only_makes_things_worse_changes_no_weight():
     model = MetaModel(1, 1, widths=(16,), max_passes=30)
     model.fit(D_env)
     statistics = MetaModel(1, 1)
-    statistics.update_statistics(D_env)
+    statistics.use_statistics(D_env.statistics())
     assert torch.equal(model.token_mean, statistics.token_mean)  # a fit begins with them
     assert torch.equal(model.target_std, statistics.target_std)
     before = copy.deepcopy(model.state_dict())

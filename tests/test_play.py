@@ -27,7 +27,7 @@ def test_play_evaluates_as_training_does_and_says_how_the_agent_fared(trained_ru
     printed = capsys.readouterr().out
     policy, _, _, args = m3po.load(trained_runs["toy"])
     test = evaluation.Group([m3po.make_env(args) for _ in range(4)])
-    found = evaluation.evaluate(policy, test, m3po.seeds(5, 2, 0, 4), args.L)
+    found = evaluation.evaluate(policy, test, envs.seeds(5, 2, 0, 4), args.L)
     returns = np.nansum(found["reward"], 0)
     for i, value in enumerate(returns):
         assert f"episode {i:3d}  return {value:9.1f}  length  100" in printed

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from model import MetaModel
 from policy import LOGGED, MetaPolicy
 from rollouts import EnvBuffer
 from tests.conftest import (
@@ -61,11 +60,10 @@ def test_acting_draws_from_the_same_distribution_and_the_mean_action_is_tanh_of_
     assert torch.allclose(chosen, torch.tanh(mean), atol=1e-6)
 
 
-def test_the_policys_nets_see_what_the_models_statistics_make_of_the_data():
-    D_env, model, policy = EnvBuffer(50, 3, 1, L=2), MetaModel(3, 1, widths=(4,)), MetaPolicy(3, 1)
+def test_the_policys_nets_see_what_the_statistics_of_d_env_make_of_the_data():
+    D_env, policy = EnvBuffer(50, 3, 1, L=2), MetaPolicy(3, 1)
     fill(D_env, 40)
-    model.update_statistics(D_env)
-    policy.use_statistics(model)
+    policy.use_statistics(D_env.statistics())
     batch = D_env.batch(torch.arange(40))
     tokens, obs = policy.standardise(batch.tokens, batch.split(3)[0])
     assert torch.allclose(tokens[-1].mean(0), torch.zeros(5), atol=1e-5)

@@ -6,8 +6,12 @@ from collections import Counter
 import pytest
 import torch
 
+import envs
+from full import FullBuffer
 from rollouts import EnvBuffer, LiveHistory, ModelBuffer
-from tests.conftest import FakeModel, FakePolicy, fill, never_terminates, real_steps, stored_rows
+from tests.conftest import (
+    FakeModel, FakePolicy, fill, never_terminates, parse, real_steps, stored_rows,
+)
 
 
 # --- D_env: real steps and their windows ----------------------------------------------------------
@@ -96,11 +100,13 @@ def test_start_rows_are_the_first_steps_of_the_episodes_kept():
 @pytest.mark.parametrize("n", [20, 75])  # D_env not full, and wrapped; both in mid-episode
 def test_buffers_go_on_after_saving_and_loading_as_if_nothing_had_been(n, full):
     D_env, policy = real_steps(n, 3, capacity=40, holdout=1.0), FakePolicy()
-    D_model = ModelBuffer(D_env, 6, 2, 3, never_terminates, full=full, horizon=7)
+    new = lambda D_env: (FullBuffer(D_env, 6, 3, never_terminates, horizon=7) if full
+                         else ModelBuffer(D_env, 6, 2, 3, never_terminates))
+    D_model = new(D_env)
     for _ in range(5):
         D_model.rollout(policy, FakeModel())
     env_twin = EnvBuffer(40, 1, 2, 3, holdout=1.0)
-    twin = ModelBuffer(env_twin, 6, 2, 3, never_terminates, full=full, horizon=7)
+    twin = new(env_twin)
     env_twin.load_state_dict(copy.deepcopy(D_env.state_dict()))
     twin.load_state_dict(copy.deepcopy(D_model.state_dict()))
     samples = []
@@ -182,3 +188,50 @@ def test_a_branch_whose_origin_is_overwritten_keeps_its_own_tokens_and_takes_no_
         if depth < 4:  # a window of 4 reaches 4 - depth real steps back
             steps = real[max(0, len(real) - (4 - depth)) :] + steps[len(steps) - depth :]
         assert batch.tokens[:-1, b][batch.mask[:-1, b]][:, 0].tolist() == steps
+
+
+def test_a_k_that_changes_from_step_to_step_leaves_every_window_right():
+    """Each row holds its own imagined tokens: neither a shorter branch nor a wrapped ring, in which
+    whole rollouts no longer fit, can take them away."""
+    D_env, policy = real_steps(60, L=4), FakePolicy()
+    D_model, calls = ModelBuffer(D_env, 6, 5, 3, never_terminates), []
+    for k in (5, 2, 3, 1, 5, 4, 2, 5, 3):
+        D_model.k = k
+        D_model.rollout(policy, FakeModel())
+        calls += range(k)  # depth of each call
+        stored = stored_rows(D_model, 3_000)
+        kept = range(max(0, len(calls) - 15), len(calls))  # steps of the longest k, 15 blocks
+        assert set(stored) == {(call, b) for call in kept for b in range(6)}
+        for (call, b), (origin, depth, window, mask, _, _) in stored.items():
+            assert depth == calls[call]
+            real = list(range(origin - origin % 7, origin))
+            steps = real + [origin + 1_000 * d for d in range(depth)]
+            assert window[mask][:, 0].tolist() == steps[-4:]
+            assert window[mask][:, 2].tolist()[-depth or 9 :] == list(range(call - depth, call))
+
+
+def test_has_rows_is_right_at_every_step_and_seldom_looks(monkeypatch):
+    """Blocks that are empty and blocks that are not, in a ring of six."""
+    D_model = ModelBuffer(real_steps(60, 2), 5, 2, 3, never_terminates)
+    bad = FakeModel(nan_reward=[(b, 0) for b in range(5)])
+    assert not D_model.has_rows()
+    for good in (0, 0, 1, 0, 0, 1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 1):
+        D_model.rollout(FakePolicy(), FakeModel() if good else bad)
+        assert D_model.has_rows() == (len(D_model) > 0)
+    looked = []
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda *_, look=torch.Tensor.nonzero:
+                        looked.append(1) or look(*_))
+    for _ in range(30):
+        D_model.rollout(FakePolicy(), FakeModel())
+        assert D_model.has_rows()
+    assert len(looked) <= 30 / 3 + 1
+
+
+@pytest.mark.parametrize("name", envs.ENVS)
+def test_for_k_1_a_row_of_d_model_is_a_step_and_a_few_numbers(name):
+    args, env, _ = parse("--env", name, "--retain", 1_000)
+    O, A = env.observation_space.shape[0], env.action_space.shape[0]
+    D_env = EnvBuffer(1, O, A, args.L, "meta")  # shapes without memory
+    D_model = ModelBuffer(D_env, args.M, args.k, args.retain, never_terminates)
+    size = sum(getattr(D_model, part).nbytes for part in D_model.STATE)
+    assert size <= 1_000 * args.M * 4 * (2 * O + A + 10) < 0.5e9

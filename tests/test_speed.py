@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from model import MetaModel
-from policy import GraphedUpdate, MetaPolicy
+from policy import MetaPolicy
 from rollouts import Batch
+from speed import GraphedUpdate, compile_methods
 from tests.conftest import random_batch, update_case
 
 
@@ -18,12 +19,12 @@ def test_what_is_compiled_equals_the_eager_original():
     policy, _, noise = update_case()
     batch = random_batch(2, 2, L=1, B=32)  # the GRU's steps are unrolled: few compile sooner
     compiled = copy.deepcopy(policy)
-    compiled.compile_methods()
+    compile_methods(compiled)
     history = batch.tokens[:-1], batch.mask[:-1], batch.next_obs
     assert torch.allclose(policy.act(*history, True), compiled.act(*history, True), atol=1e-6)
     model = MetaModel(2, 2, widths=(8, 8))
     imagines = copy.deepcopy(model)
-    imagines.compile_methods()
+    compile_methods(imagines)
     steps = []
     for m in (model, imagines):
         torch.manual_seed(3)  # the draws are outside of what is compiled
@@ -119,7 +120,7 @@ def test_a_graphed_update_on_a_gpu_is_the_eager_update(compiled):
     policy = MetaPolicy(5, 2, widths=(8, 8)).to("cuda")
     other = copy.deepcopy(policy)
     if compiled:
-        other.compile_methods()
+        compile_methods(other)
     graphed = GraphedUpdate(other)
     expected, found = several_updates(policy.update, policy), several_updates(graphed, other)
     assert graphed.graph

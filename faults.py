@@ -1,0 +1,95 @@
+"""What stops a run before its end, and what is then saved and said.
+
+    Ctrl-C, SIGTERM                a checkpoint, exit status 130 or 143; a second stops at once
+    a number that is not finite    one line; the last good checkpoint stays the last
+    no memory, a full disk         one line
+    an exception of the env, a bug a checkpoint, a line that names env and step, the traceback
+"""
+
+import signal
+import sys
+from contextlib import contextmanager
+
+import torch
+
+from checkpoint import CheckpointError
+from policy import LOGGED
+
+
+class StopSignals:
+    """Ctrl-C and SIGTERM ask the loop to stop at the next step; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.received = None
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        self.received = number
+        for s in self.before:
+            signal.signal(s, signal.SIG_DFL)
+
+    def __exit__(self, *error):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+def check_finite(progress, policy, E):
+    """FloatingPointError if a loss of this epoch or a weight is not finite."""
+    losses, first = progress.losses.cpu(), (progress.step - 1) // E * E  # [E, LOGGED], by env step
+    if not torch.isfinite(losses).all():
+        bad = int((~torch.isfinite(losses)).any(1).nonzero()[0, 0])
+        which = LOGGED[int((~torch.isfinite(losses[bad])).nonzero()[0, 0])]
+        raise FloatingPointError(f"{which} is not finite at env step {first + bad}")
+    if not all(torch.isfinite(q).all() for q in policy.parameters()):
+        raise FloatingPointError("a parameter of the policy or Q is not finite at step "
+                                 f"{progress.step}")
+
+
+def out_of_memory(error):
+    """torch's own class for it exists on GPUs alone."""
+    first_line = str(error).partition("\n")[0]
+    return (isinstance(error, MemoryError)
+            or isinstance(error, RuntimeError) and "memory" in first_line)
+
+
+@contextmanager
+def saved_first(args, progress, policy, save):
+    """Around training. An exception of the user's own env, or a bug, goes on its way with its
+    traceback; before that comes a checkpoint and one line that says where it happened."""
+    try:
+        yield
+    except (FloatingPointError, CheckpointError):
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        try:
+            check_finite(progress, policy, args.E)
+            save()
+            outcome = f"saved; go on with: python m3po.py --resume {args.out}"
+        except (FloatingPointError, CheckpointError) as reason:
+            outcome = f"not saved: {reason}"
+        print(f"m3po.py: error in {args.env} at env step {progress.step}, step "
+              f"{len(progress.actions)} of episode {progress.episode}; {outcome}",
+              file=sys.stderr, flush=True)
+        raise
+
+
+@contextmanager
+def in_one_line():
+    """What needs no traceback ends the program with one line."""
+    try:
+        yield
+    except (FloatingPointError, CheckpointError) as error:
+        sys.exit(f"m3po.py: error: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        message = str(error).partition("\n")[0] or "out of memory"
+        sys.exit(f"m3po.py: error: {message}; see --M, --retain, --env-capacity")
+    except KeyboardInterrupt:  # before training, which has StopSignals
+        print("stopped before training began", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,283 @@
+"""The flags of m3po.py: one table of defaults, the parser, and what may not go together.
+
+`parse` reads what was given once; whatever was not comes from the checkpoint to resume, then from
+the env's row of BY_ENV, then from DEFAULTS. It makes no env and creates nothing. What is wrong ends
+the program with one line and exit status 2.
+"""
+
+import argparse
+import math
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import envs
+
+# Every flag. Table 2 of the paper where it says; docs/DEVIATIONS.md has the reasons for the rest.
+DEFAULTS = dict(
+    # task
+    env="point-fwd-bwd", oracle=False, switch_every=None, seed=0,
+    # Table 2
+    N=200, E=1_000, M=1_000, G=40, B=3, k=1, L=10, width=400, z_dim=5,
+    # meta-model
+    fit_every=250, model_lr=1e-3, model_decay=1e-3, model_batch=256, max_passes=200, beta_nll=0.5,
+    reward_weight=None, retain=100, env_capacity=1_000_000,
+    # meta-policy
+    warmup=3_000, batch_size=256, lr=3e-4, gamma=0.99, tau=0.005, alpha=None, target_entropy=None,
+    layer_norm=True,
+    # the paper's variants
+    rollout="branched", model="gru", hybrid=None, beta=1.0, no_token_reward=False,
+    # running
+    device="auto", threads=None, compile="auto", eval_episodes=50, eval_every=1, diagnose_every=10,
+    checkpoint_every=1, out=None, resume=None)
+# What is different for an env; your own env has no row.
+BY_ENV = {
+    "point-fwd-bwd": dict(N=15, E=200, M=200, G=4, L=3, width=64, warmup=200, fit_every=100,
+                          model_decay=0.0, lr=5e-4, gamma=0.9, target_entropy=-2.0,
+                          layer_norm=False),
+    "halfcheetah-pier": dict(M=500),
+    "walker2d-randomparams": dict(M=500),
+    "humanoid-direc": dict(M=500, G=20),
+}
+# M3PO-h, Table 3: the fraction of D_model in a batch falls from 1 to 0 between these epochs.
+HYBRID = {"halfcheetah-pier": (80, 130), "walker2d-randomparams": (50, 100),
+          "humanoid-direc": (150, 250)}
+SHORT = {"point-fwd-bwd": "toy", "halfcheetah-pier": "pier", "walker2d-randomparams": "walker2d",
+         "humanoid-direc": "humanoid"}  # in --help
+
+MAY_CHANGE = {"N", "out", "device", "threads", "compile", "resume"}  # from a run to its resume
+CHANGES_NO_LEARNING = MAY_CHANGE | {"env", "seed", "eval_episodes", "eval_every", "diagnose_every",
+                                    "checkpoint_every", "env_capacity"}
+ONE_THREAD = 128  # units of width up to which a second thread of torch costs more than it brings
+
+
+def defaults(env):
+    """{flag: value} for this env."""
+    return DEFAULTS | BY_ENV.get(env, {}) | {"env": env}
+
+
+def default_warmup(flags):
+    """At most half the run, so that a short one learns something too."""
+    return min(defaults(flags["env"])["warmup"], max(1, flags["N"] * flags["E"] // 2))
+
+
+def differences(flags):
+    """{flag: value} of what is trained otherwise than by the defaults for flags["env"]."""
+    default = defaults(flags["env"])
+    if flags.get("warmup") == default_warmup(flags):
+        default["warmup"] = flags["warmup"]
+    return {name: flags[name] for name, value in default.items()
+            if name not in CHANGES_NO_LEARNING and name in flags and flags[name] != value}
+
+
+# ---- the parser ---------------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Refuses in one line; no flag may be abbreviated."""
+
+    def __init__(self, *args, **kwargs):
+        layout = lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=26, width=98)
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": layout} | kwargs)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def in_range(kind, low, high=math.inf, low_open=False, high_open=False):
+    """An argparse type: an int or float inside a range, which the error message names."""
+    left, right = "(" if low_open else "[", ")" if high_open or math.isinf(high) else "]"
+
+    def parse_number(text):
+        try:
+            value = kind(text)
+            ok = (value > low if low_open else value >= low) and (
+                value < high if high_open else value <= high) and math.isfinite(value)
+        except (ValueError, OverflowError):
+            ok = False
+        if not ok:
+            whole = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {whole} in {left}{low}, {high}{right}")
+        return value
+
+    return parse_number
+
+
+count, natural = in_range(int, 1), in_range(int, 0)
+positive, fraction = in_range(float, 0, low_open=True), in_range(float, 0, 1)
+
+
+def shown(name):
+    """The defaults of a flag as --help shows them: "1000; toy 200"."""
+    say = lambda value: ("no", "yes")[value] if isinstance(value, bool) else str(value)
+    return "; ".join([say(DEFAULTS[name])] + [
+        f"{SHORT[env]} {say(row[name])}" for env, row in BY_ENV.items() if name in row])
+
+
+def build_parser():
+    parser = OneLineParser("m3po.py", argument_default=argparse.SUPPRESS, usage="m3po.py [flags]",
+                           description="""\
+M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Algorithm 2.
+
+    python m3po.py                                                     the toy: about 2 minutes
+    python m3po.py --env halfcheetah-fwd-bwd --N 20 --G 10 --width 128 a robot: half an hour""")
+
+    def group(title):
+        arguments = parser.add_argument_group(title)
+
+        def add(*names, help, shows=None, **kwargs):
+            name = names[0].strip("-").replace("-", "_")
+            arguments.add_argument(*names, help=f"{help} ({shows or shown(name)})", **kwargs)
+        return add
+
+    add = group("the ten to know first")
+    add("--env", metavar="NAME", help=f"{', '.join(envs.ENVS)}, or your own as module:Id-v0")
+    add("--seed", type=in_range(int, 0, 2**32 - 1), metavar="SEED", help="of everything random")
+    add("--N", "--epochs", type=count, metavar="EPOCHS", help="length of the run")
+    add("--G", "--updates-per-step", type=natural, metavar="UPDATES",
+        help="policy updates (gradient steps) per env step: what takes the time")
+    add("--width", type=count, metavar="UNITS", help="of each of the two hidden layers")
+    add("--L", "--history-length", type=natural, metavar="TOKENS",
+        help="how many steps back policy and model see; 0 blinds them")
+    add("--threads", type=count, metavar="CORES", help="cores to use, for torch and for evaluation",
+        shows=f"torch's choice, but 1 for torch up to a width of {ONE_THREAD}")
+    add("--device", choices=("auto", "cpu", "cuda"), help="auto takes a GPU if there is one")
+    add("--out", metavar="DIR", help="run folder", shows="runs/ENV__m3po__SEED__TIME")
+    add("--resume", metavar="DIR", help="go on with the run in DIR; may then be changed",
+        shows=", ".join(f"--{name}" for name in sorted(MAY_CHANGE - {"resume"})))
+
+    add = group("Table 2 of the paper")
+    add("--E", "--steps-per-epoch", type=count, metavar="STEPS", help="env steps per epoch")
+    add("--M", "--model-rollouts", type=count, metavar="ROLLOUTS",
+        help="model rollouts per env step")
+    add("--k", "--rollout-length", type=count, metavar="STEPS", help="model steps per rollout")
+    add("--B", "--ensemble-size", type=count, metavar="MEMBERS", help="of the meta-model")
+    add("--z-dim", type=count, metavar="UNITS", help="of the GRU")
+
+    add = group("meta-model (not in the paper unless said)")
+    add("--fit-every", type=count, metavar="STEPS", help="env steps between fits; the paper: E")
+    add("--model-lr", type=positive, metavar="RATE", help="Adam step size")
+    add("--model-decay", type=in_range(float, 0), metavar="RATE", help="L2 weight decay")
+    add("--model-batch", type=count, metavar="ROWS", help="per gradient step")
+    add("--max-passes", type=count, metavar="PASSES",
+        help="over D_env at most per fit, where the hold-out error has not stopped it")
+    add("--beta-nll", type=fraction, metavar="POWER",
+        help="each term of the likelihood is weighed by its own variance to this power; 0 is the"
+        " paper's, which hardly learns the reward")
+    add("--reward-weight", type=positive, metavar="WEIGHT",
+        help="of the reward, beside 1 per observation", shows="observation dims")
+    add("--retain", type=count, metavar="STEPS",
+        help="env steps whose rollouts D_model keeps; the lineage MBPO: E")
+    add("--env-capacity", type=count, metavar="STEPS", help="most env steps kept in D_env")
+
+    add = group("meta-policy (SAC; not in the paper unless said)")
+    add("--warmup", type=count, metavar="STEPS", help="uniform random env steps at the start",
+        shows=f"{shown('warmup')}; at most half the run")
+    add("--batch-size", type=count, metavar="ROWS", help="per update")
+    add("--lr", type=positive, metavar="RATE", help="Adam step size of policy and Q")
+    add("--gamma", type=in_range(float, 0, 1, high_open=True), metavar="FACTOR", help="discount")
+    add("--tau", type=in_range(float, 0, 1, low_open=True), metavar="FRACTION",
+        help="of Q that enters its target per update")
+    add("--alpha", type=positive, metavar="TEMPERATURE",
+        help="fixed; 1.0 is the paper's literal objective", shows="tuned")
+    add("--target-entropy", type=in_range(float, -math.inf), metavar="NATS",
+        help="that the tuned temperature aims at", shows="minus half the action dims; toy -2")
+    add("--layer-norm", action=argparse.BooleanOptionalAction, help="normalise Q's hidden layers")
+
+    add = group("the paper's variants, and one idea removed")
+    add("--rollout", choices=("branched", "full"),
+        help="full: M model episodes from initial histories to the horizon, one model step each per"
+        " env step, never branching from D_env (Fig. 9)")
+    add("--model", choices=("gru", "mlp"),
+        help="mlp: M2PO, MBPO's 7 feed-forward nets of 4 x 200 that see no history (Fig. 16)")
+    add("--hybrid", nargs="*", type=in_range(float, 0), metavar="EPOCH",
+        help="M3PO-h: the fraction of D_model in a batch falls from 1 to 0 between epochs A and B;"
+        " alone, Table 3's",
+        shows="; ".join(f"{SHORT[env]} {a} {b}" for env, (a, b) in HYBRID.items()))
+    add("--beta", type=fraction, metavar="FRACTION",
+        help="of D_model in a batch, constant; 0 is recurrent SAC, no model")
+    add("--no-token-reward", action="store_true",
+        help="tokens are (o, a) as the paper prints them, not (o, a, r)")
+    add("--oracle", action="store_true", help="show the hidden task to the agent: an upper bound")
+
+    add = group("running")
+    add("--switch-every", type=count, metavar="STEPS",
+        help="env steps between redraws of the hidden task", shows="the env's; 300, toy 25")
+    add("--eval-episodes", type=natural, metavar="EPISODES", help="per evaluation")
+    add("--eval-every", type=count, metavar="EPOCHS", help="between evaluations")
+    add("--diagnose-every", type=natural, metavar="EPOCHS",
+        help="between measurements of model error by depth and eps_pi; 0 never")
+    add("--checkpoint-every", type=count, metavar="EPOCHS", help="between checkpoints")
+    add("--compile", choices=("auto", "on", "off"),
+        help="torch.compile, and on a GPU CUDA graphs (see speed.py): a minute or two first, then a"
+        " third faster; auto: from 10,000 updates per epoch on")
+    return parser
+
+
+# ---- what may not go together -------------------------------------------------------------------
+
+
+def refuse(name, reason):
+    """End the program with one line that names the flag."""
+    build_parser().error(f"argument --{name.replace('_', '-')}: {reason}")
+
+
+def parse(argv=None):
+    """(flags as a namespace, the checkpoint to resume or None)."""
+    given = vars(build_parser().parse_args(argv))
+    state, saved, folder = None, {}, given.get("resume")
+    if folder is not None:
+        state = checkpoint_to_resume(folder, given)
+        saved = state["flags"] | {"out": folder}
+    short = {env_id: name for name, env_id in envs.ENVS.items()}  # M3PO/AntFwdBwd-v0
+    env = (given | saved).get("env", DEFAULTS["env"])
+    flags = argparse.Namespace(**defaults(short.get(env, env)) | saved | given)
+    flags.env = short.get(flags.env, flags.env)
+    if "warmup" not in given | saved:
+        flags.warmup = default_warmup(vars(flags))
+    choose_device(flags, given)
+    if flags.hybrid is not None and not state:
+        flags.hybrid = list(flags.hybrid or HYBRID.get(flags.env, ()))
+        if len(flags.hybrid) != 2 or not flags.hybrid[0] < flags.hybrid[1]:
+            refuse("hybrid", f"needs two epochs A < B; Table 3 has values only for "
+                             f"{', '.join(HYBRID)}")
+        if "beta" in given:
+            refuse("beta", "a constant fraction contradicts --hybrid's schedule")
+    if state and flags.N * flags.E < state["step"]:
+        refuse("N", f"{flags.N} epochs lie before the checkpoint's step {state['step']}")
+    if flags.rollout == "full" and flags.k != 1:
+        refuse("k", "full rollouts have no length but the episode's")
+    if flags.warmup > flags.N * flags.E:
+        refuse("warmup", f"{flags.warmup} is more than the run's {flags.N * flags.E} env steps")
+    if flags.out is None:
+        name = flags.env.replace("/", "-").replace(":", "-")
+        flags.out = f"runs/{name}__m3po__{flags.seed}__{datetime.now():%Y%m%d-%H%M%S}"
+    if Path(flags.out).exists() and flags.out != folder:
+        refuse("out", f"{flags.out} exists; a run goes on only with --resume")
+    return flags, state
+
+
+def checkpoint_to_resume(folder, given):
+    """The checkpoint in a run folder, if the flags given beside it do not contradict it."""
+    try:
+        state = checkpoint.read(Path(folder) / "checkpoint.pt", "run")
+    except checkpoint.CheckpointError as error:
+        refuse("resume", error)
+    for name in given.keys() - MAY_CHANGE:
+        if given[name] != state["flags"].get(name):
+            refuse(name, f"{given[name]} contradicts the checkpoint, which has "
+                         f"{state['flags'].get(name)}")
+    return state
+
+
+def choose_device(flags, given):
+    """Replace "auto" by what is there."""
+    there = torch.cuda.is_available()
+    if flags.device == "cuda" and not there and "device" in given:
+        refuse("device", "cuda asked for, but torch sees no CUDA device")
+    if flags.device == "auto" or not there:  # also a run from a GPU, resumed where there is none
+        flags.device = "cuda" if there else "cpu"

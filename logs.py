@@ -1,0 +1,243 @@
+"""What a run leaves behind and says: the run folder, its logs, the clocks and the screen.
+
+    config.json     flags and versions
+    progress.csv    one row per epoch (FIELDS; docs/LOGS.md explains each column)
+    eval.csv        one row per evaluation episode
+    events.*        the same numbers for TensorBoard, where it is installed
+"""
+
+import csv
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import diagnostics
+import envs
+from evaluation import early_steps, summarise
+from flags import differences
+from policy import LOGGED
+
+FIELDS = [*"""epoch global_step eval_return_mean eval_return_std eval_length_mean
+eval_discounted_return eval_reward_after_switch eval_reward_otherwise eval_right_way eval_faults
+train_return_mean q_loss actor_loss q_mean td_error entropy alpha beta model_nll model_nll_train
+model_explained_reward model_explained_obs model_passes imagined terminated_share nonfinite_share
+dropped_transitions""".split(), *diagnostics.FIELDS,
+          *(f"seconds_{part}" for part in "env fit rollouts updates eval diagnose".split())]
+LEGEND = ("legend       alpha: weight of the policy's entropy; explained: fraction of the held-out "
+          "variance of r (rewards) and o (observations) that the model predicts")
+
+
+@contextmanager
+def clock(progress, part):
+    """Adds the wall time of its block to progress.seconds[part]."""
+    start = time.perf_counter()
+    yield
+    progress.seconds[part] = progress.seconds.get(part, 0.0) + time.perf_counter() - start
+
+
+def append_csv(path, fields, rows):
+    new = not path.exists()
+    with checkpoint.writing(path), open(path, "a", newline="") as f:
+        writer = csv.DictWriter(f, fields)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def tensorboard(folder, step):
+    """A writer if the package is there, else None. What it shows past env step `step` is hidden."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder, purge_step=step + 1)
+
+
+def open_run_folder(args, step):
+    """A new folder with config.json; in a resume also the logs, cut after env step `step`."""
+    out = Path(args.out)
+    with checkpoint.writing(out):
+        out.mkdir(parents=True, exist_ok=bool(args.resume))
+    for name in ("progress.csv", "eval.csv") if args.resume else ():
+        checkpoint.cut_log(Path(args.resume) / name, out / name, step)
+    config = json.dumps({"flags": vars(args), "versions": versions()}, indent=1)
+    checkpoint.write_atomically(out / "config.json", lambda f: f.write(config.encode()))
+    return out
+
+
+class Log:
+    """A run's logs and its screen: a progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, args, env, progress):
+        self.args, self.env, self.progress = args, env, progress
+        self.seconds = Counter()  # by part, since this process began
+        self.out = open_run_folder(args, progress.epoch * args.E)
+        self.board = tensorboard(args.out, progress.step)
+        print(describe(args, env, progress), flush=True)
+        print(LEGEND, flush=True)
+        self.bar = self.new_bar(progress.step)
+
+    def new_bar(self, step):
+        """Of the warm-up or, from its end on, of learning: an ETA over both would mislead."""
+        first, last = (0, self.args.warmup) if step < self.args.warmup else (
+            self.args.warmup, self.args.N * self.args.E)
+        no_terminal = not (sys.stdout.isatty() and sys.stderr.isatty())
+        return tqdm(total=last - first, initial=step - first, unit="step", dynamic_ncols=True,
+                    desc="learning" if first else "warm-up", smoothing=0.05,
+                    disable=no_terminal or step >= last)
+
+    def step(self):
+        """An env step is over."""
+        self.bar.update()
+        if self.progress.step == self.args.warmup:
+            self.bar.close()
+            self.bar = self.new_bar(self.args.warmup)
+
+    def say(self, line):
+        if self.bar.disable:
+            print(line, flush=True)
+        else:
+            self.bar.write(line, file=sys.stdout)
+
+    def finish_epoch(self, beta, policy, model, D_env, D_model, players):
+        """What an epoch is judged by: evaluation, diagnostics, a row in the logs. It touches no
+        training stream."""
+        args, progress = self.args, self.progress
+        epoch = progress.epoch + 1
+        row = {"epoch": epoch, "global_step": progress.step, "beta": beta}
+        if args.eval_episodes and epoch % args.eval_every == 0:
+            row |= self.evaluate(policy, players, epoch)
+        if args.diagnose_every and epoch % args.diagnose_every == 0 and len(D_env):
+            with clock(progress, "diagnose"):
+                row |= diagnostics.measure(policy, model, D_env, progress.fit, args, epoch)
+        self.write(row | {"alpha": policy.log_alpha.exp().item()}, D_model.stats)
+        D_model.stats.zero_()
+        progress.next_epoch()
+
+    def evaluate(self, policy, players, epoch):
+        """An evaluation: one row in eval.csv per episode; returns its numbers for progress.csv."""
+        args, progress = self.args, self.progress
+        with clock(progress, "eval"):
+            episodes = players.evaluate(policy, envs.seeds(args.seed, 1, epoch, args.eval_episodes))
+        returns, lengths, metrics = summarise(episodes, args.gamma, early_steps(self.env))
+        append_csv(self.out / "eval.csv", ["global_step", "episode", "return", "length"],
+                   [{"global_step": progress.step, "episode": i, "return": r, "length": n}
+                    for i, (r, n) in enumerate(zip(returns.tolist(), lengths.tolist()))])
+        progress.last = [metrics["eval_return_mean"], progress.step]
+        progress.best = max(progress.best, progress.last)
+        return metrics
+
+    def write(self, row, stats):
+        """Complete an epoch's row; to progress.csv, TensorBoard, the screen. stats: D_model's."""
+        progress = self.progress
+        done = progress.updated
+        mean = progress.losses.sum(0).cpu() / done if done else torch.full((len(LOGGED),), math.nan)
+        imagined, ended, nonfinite = stats.tolist()
+        returns = progress.train_returns
+        row = row | dict(zip(LOGGED, mean.tolist())) | {
+            "train_return_mean": float(np.mean(returns)) if returns else math.nan,
+            "imagined": int(imagined), "terminated_share": ended / max(imagined, 1),
+            "nonfinite_share": nonfinite / max(imagined, 1),
+            "dropped_transitions": progress.dropped}
+        row |= {f"model_{name}": value for name, value in progress.fit.items()}
+        row |= {f"seconds_{part}": seconds for part, seconds in progress.seconds.items()}
+        append_csv(self.out / "progress.csv", FIELDS, [row])
+        for name, value in row.items() if self.board else ():
+            group = "losses" if name in LOGGED else "charts"
+            self.board.add_scalar(f"{group}/{name}", value, row["global_step"])
+        self.seconds.update(progress.seconds)
+        self.say(epoch_line(row, progress))
+        if progress.faults:
+            reasons = ", ".join(f"{reason} ({n})" for reason, n in progress.faults.items())
+            n = sum(progress.faults.values())
+            self.say(f"faults       {n} env steps dropped in this epoch, each ended its episode: "
+                     f"{reasons}")
+
+    def end(self):
+        """The last lines of a run that reached its end."""
+        progress = self.progress
+        if progress.last[1]:
+            self.say("evaluation   last {:.1f} at step {:,}, best {:.1f} at step {:,}".format(
+                *progress.last, *progress.best))
+        split = ", ".join(f"{part} {seconds:.0f}" for part, seconds in self.seconds.items())
+        self.say(f"seconds      {split or 'none'}")
+        self.say(f"to see it    {self.out}/progress.csv, eval.csv; agent.pt and checkpoint.pt hold"
+                 " the agent")
+
+    def close(self):
+        self.bar.close()
+
+
+def epoch_line(row, progress):
+    """An epoch on the screen, without what is not known yet."""
+    parts = [f"epoch {row['epoch']:3d}", f"step {row['global_step']:7,d}"]
+    if "eval_return_mean" in row:
+        parts.append(f"return {row['eval_return_mean']:7.1f} +- {row['eval_return_std']:5.1f}")
+    if progress.updated:
+        parts += [f"Q {row['q_mean']:6.1f}", f"alpha {row['alpha']:.3f}"]
+    else:
+        parts.append("warm-up: random actions, nothing is learned yet")
+    if fit := progress.fit:
+        parts.append("explained r {explained_reward:.2f} o {explained_obs:.2f}".format_map(fit))
+    return "  ".join([*parts, f"{sum(progress.seconds.values()):.0f} s"])
+
+
+# ---- what is printed before training starts -----------------------------------------------------
+
+
+def cpu_name():
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or 'a CPU'}"
+
+
+def versions():
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "gymnasium": gym.__version__, "mujoco": envs.mujoco.__version__,
+            "numpy": np.__version__, "commit": commit or "unknown"}
+
+
+def describe(args, env, progress):
+    """What is trained, in some ten lines."""
+    inner, own = env.unwrapped, "the env's own"
+    period = getattr(inner, "switch_every", own)
+    task = period or "one per episode"
+    if isinstance(period, int):
+        task = f"redrawn every {period} env steps"
+    note = "" if envs.termination_known(env) else " (unknown to the model: branches never end)"
+    differs = [f"{name.replace('_', ' ')} = {value}"
+               for name, value in differences(vars(args)).items()]
+    lines = [
+        f"env          {args.env}{' + oracle' if args.oracle else ''}: "
+        f"obs {env.observation_space.shape[0]}, actions {env.action_space.shape[0]} in [-1, 1]",
+        f"reward       {getattr(inner, 'reward_text', own)}",
+        f"terminated   {getattr(inner, 'termination_text', own)}{note}; "
+        f"episodes of {envs.time_limit(env):,} env steps at most",
+        f"hidden task  {task}",
+        "method       M3PO" + (", but " + ", ".join(differs) if differs else ""),
+        f"one epoch    {args.E:,} env steps, {args.E * args.M:,} model rollouts of k={args.k}, "
+        f"{args.E * args.G:,} policy updates; {args.N} epochs",
+        f"device       {args.device}, {torch.get_num_threads()} threads, seed {args.seed}",
+        "versions     " + ", ".join(f"{name} {text[:12]}" for name, text in versions().items()),
+        f"run folder   {args.out}"]
+    if args.resume:
+        lines.append(f"resumed      {args.resume} from env step {progress.step:,}")
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""What makes a run faster without changing what it computes, and where each of it is used.
+
+    torch.compile   the policy's losses and actions, the meta-model's answer to a rollout: the many
+                    small kernels around the matrix products become a few. About a third faster,
+                    after a minute or two in which each is compiled for its one batch size. Not
+                    the model's fit: its batches have many sizes, each compiled anew.
+    CUDA graph      on a GPU, a whole policy update: recorded once, then replayed, so that the GPU
+                    does not wait for Python to launch hundreds of small kernels.
+
+Both give the eager numbers up to rounding. Where one does not work, the run goes on without it.
+"""
+
+import torch
+
+from flags import ONE_THREAD
+from model import MetaModel
+from policy import MetaPolicy
+from rollouts import Batch
+
+TORCHS_OWN = torch.get_num_threads()  # before a run changes it
+ENOUGH = 10_000  # updates per epoch, from which on `--compile auto` pays
+COMPILED = {MetaPolicy: ("critic_loss", "actor_loss", "distribution"),
+            MetaModel: ("predict_dealt",)}
+
+
+def fastest_update(policy, model, args):
+    """The function to call for a policy update; compiles methods of policy and model in place."""
+    if args.compile == "off" or args.compile == "auto" and args.E * args.G < ENOUGH:
+        return policy.update
+    update = GraphedUpdate(policy) if args.device == "cuda" else policy.update
+    if compiler_works(args.device):
+        compile_methods(policy)
+        compile_methods(model)
+    else:
+        print("compile      off: torch.compile found no working compiler (CPU: g++, GPU: Triton); "
+              "running eager")
+    return update
+
+
+def cores(args):
+    """How many this run may use: --threads, or what torch takes."""
+    return args.threads or TORCHS_OWN
+
+
+def set_threads(args):
+    """Small nets are faster with one thread. Beside other jobs on two cores the toy's first three
+    epochs took 18 to 26 s with one, and 85 to 302 s with torch's default of two."""
+    torch.set_num_threads(args.threads or (1 if args.width <= ONE_THREAD else cores(args)))
+
+
+def compiler_works(device):
+    """Whether torch.compile can build anything for this device here."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception:  # whatever the missing compiler turns into, on any version
+        return False
+    return True
+
+
+def compile_methods(part):
+    """Compile what COMPILED names of a policy or a model, at its first call."""
+    names = next(names for kind, names in COMPILED.items() if isinstance(part, kind))
+    for name in names:
+        setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
+
+
+class GraphedUpdate:
+    """`policy.update` as one CUDA graph: the same kernels in the same order.
+
+    A replay reads its inputs where the recording read them, so they are copied there first. Where
+    recording fails, updates go on as they were. (PyTorch, "CUDA semantics", whole-network capture.)
+    """
+
+    def __init__(self, policy):
+        self.policy, self.inputs, self.graph = policy, None, None
+        self.capturable(False)  # true in a recorded run's checkpoint; PyTorch warns of it here
+        self.first = 3  # updates before the recording: they compile, and set up the optimizers
+
+    def run(self):
+        return self.policy.update(Batch(*self.inputs[:-1]), self.inputs[-1])
+
+    def __call__(self, batch, noise):
+        given = (*batch, noise)
+        if self.inputs is None:
+            self.inputs = [torch.empty_like(x, memory_format=torch.contiguous_format)
+                           for x in given]
+        for kept, x in zip(self.inputs, given, strict=True):
+            kept.copy_(x)
+        if self.first:
+            self.first -= 1
+            return self.run_aside()
+        if self.graph is None:
+            self.record()
+        if not self.graph:
+            return self.run()
+        self.graph.replay()
+        return self.losses.clone()
+
+    def run_aside(self):
+        """On a stream of its own, as a recording will be: autograd remembers where it first ran."""
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            losses = self.run()
+        here.wait_stream(aside)
+        return losses
+
+    def capturable(self, on):
+        for optimizer in (self.policy.q_optimizer, self.policy.actor_optimizer):
+            for group in optimizer.param_groups:
+                group["capturable"] = on
+
+    def record(self):
+        """Nothing is computed meanwhile; the first replay does."""
+        self.capturable(True)
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.losses = self.run()
+            self.graph = graph
+        except RuntimeError as error:
+            self.graph = False
+            self.capturable(False)
+            self.policy.qf.requires_grad_(True)  # if update was left where it is False
+            print(f"CUDA graph   off: {' '.join(str(error).split())[:120]}", flush=True)
