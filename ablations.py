@@ -152,8 +152,9 @@ def table(runs, line, args, env):
     seconds = [sum(np.nansum(column) for name, column in run.progress.items()
                    if name.startswith("seconds_")) for run in every]
     configs = [json.loads((run.folder / "config.json").read_text()) for run in every]
-    used = {f"device {c['flags']['device']}, " + ", ".join(
-        f"{name} {version[:12]}" for name, version in c.get("versions", {}).items()) for c in configs}
+    used = {f"device {config['flags']['device']}, " + ", ".join(
+        f"{name} {version[:12]}" for name, version in config.get("versions", {}).items())
+            for config in configs}
     machines = {config.get("cpu", "a CPU") for config in configs}
     lines = [
         f"`{line}`: {' and '.join(sorted(machines))}, one thread per run, median "

@@ -224,7 +224,7 @@ def parse_args(argv=None):
 
 
 def load(folder, device="cpu"):
-    """The trained agent of a run folder: (policy, model, env, args). See README for its use."""
+    """The trained agent of a run folder: (policy, model, env, args). Its use: docs/USING.md."""
     agent = checkpoint.read(Path(folder) / "agent.pt", "agent")
     args = Namespace(**flags.defaults(agent["flags"]["env"]) | agent["flags"])
     env = make_env(args)

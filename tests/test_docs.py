@@ -1,4 +1,4 @@
-"""The documents: a README of two pages, links that lead somewhere, examples that run, all columns."""
+"""The documents: a README of two pages, links that lead somewhere, examples that run."""
 
 import csv
 import re
