@@ -73,7 +73,8 @@ def policy_divergence(policy, D_env, widths, seed, steps=500, batch_size=256):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         clone = MetaPolicy(policy.obs_dim, policy.act_dim, policy.actor.token_dim, widths,
-                           policy.actor.z_dim or 5, lr=1e-3).to(D_env.device)
+                           policy.actor.z_dim or 5, lr=1e-3,
+                           newest=policy.actor.newest).to(D_env.device)
         clone.use_statistics(policy.state_dict())  # which holds them
         for _ in range(steps):
             loss = -clone.log_prob(D_env.sample(batch_size)).mean()

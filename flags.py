@@ -21,9 +21,12 @@ DEFAULTS = dict(
     env="point-fwd-bwd", oracle=False, switch_every=None, seed=0,
     # Table 2
     N=200, E=1_000, M=1_000, G=40, B=3, k=1, L=10, width=400, z_dim=5,
+    # both
+    newest_token=False,
     # meta-model
     fit_every=250, model_lr=1e-3, model_decay=1e-3, model_batch=256, max_passes=200, beta_nll=0.5,
-    reward_weight=None, retain=100, env_capacity=1_000_000,
+    reward_weight=None, model_layer_norm=False, token_changes=False, retain=100,
+    env_capacity=1_000_000,
     # meta-policy
     warmup=3_000, batch_size=256, lr=3e-4, gamma=0.99, tau=0.005, alpha=None, target_entropy=None,
     layer_norm=True,
@@ -158,6 +161,9 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
     add("--B", "--ensemble-size", type=count, metavar="MEMBERS", help="of the meta-model")
     add("--z-dim", type=count, metavar="UNITS", help="of the GRU")
 
+    add("--newest-token", action=argparse.BooleanOptionalAction,
+        help="every net's MLP sees the newest token itself, beside z; not in the paper")
+
     add = group("meta-model (not in the paper unless said)")
     add("--fit-every", type=count, metavar="STEPS", help="env steps between fits; the paper: E")
     add("--model-lr", type=positive, metavar="RATE", help="Adam step size")
@@ -170,6 +176,10 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
         " paper's, which hardly learns the reward")
     add("--reward-weight", type=positive, metavar="WEIGHT",
         help="of the reward, beside 1 per observation", shows="observation dims")
+    add("--model-layer-norm", action=argparse.BooleanOptionalAction,
+        help="normalise the model's hidden layers")
+    add("--token-changes", action=argparse.BooleanOptionalAction,
+        help="the model's tokens also hold o_{i+1} - o_i")
     add("--retain", type=count, metavar="STEPS",
         help="env steps whose rollouts D_model keeps; the lineage MBPO: E")
     add("--env-capacity", type=count, metavar="STEPS", help="most env steps kept in D_env")

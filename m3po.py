@@ -143,8 +143,11 @@ def build(args, env, device):
     token_dim = 0 if args.L == 0 else O + A if args.no_token_reward else O + A + 1
     widths = (args.width,) * 2
     policy = MetaPolicy(O, A, token_dim, widths, args.z_dim, args.gamma, args.tau, args.lr,
-                        args.alpha, args.target_entropy, args.layer_norm).to(device)
-    shape = dict(members=args.B, widths=widths, z_dim=args.z_dim, token_dim=token_dim)
+                        args.alpha, args.target_entropy, args.layer_norm,
+                        args.newest_token).to(device)
+    shape = dict(members=args.B, widths=widths, z_dim=args.z_dim, token_dim=token_dim,
+                 layer_norm=args.model_layer_norm, newest=args.newest_token,
+                 changes=args.token_changes)
     if args.model == "mlp":  # M2PO: MBPO's ensemble
         shape = dict(members=7, elites=5, widths=(200,) * 4, token_dim=0)
     model = MetaModel(O, A, **shape, lr=args.model_lr, weight_decay=args.model_decay,

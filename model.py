@@ -23,14 +23,15 @@ class HistoryNet(nn.Module):
     forward(tokens [T, B, D] or [E, T, B, D], mask [T, B] or [E, T, B], x [B, I] or [E, B, I])
     -> [E, B, out]. Only the first token_dim entries of a token are read, so that O + A hides the
     reward; 0 makes the net blind: no GRU, the plain MLP of MBPO and SAC. layer_norm scales each
-    hidden layer to mean 0 and variance 1 per row before its SiLU.
+    hidden layer to mean 0 and variance 1 per row before its SiLU. newest gives the MLP the newest
+    token too, beside z, in which the GRU must have kept it otherwise.
     `member` selects members: an index tensor, or all of them.
     """
 
     def __init__(self, members, token_dim, in_dim, out_dim, widths=(400, 400), z_dim=5,
-                 layer_norm=False):
+                 layer_norm=False, newest=False):
         super().__init__()
-        self.layer_norm = layer_norm
+        self.layer_norm, self.newest = layer_norm, newest
         self.token_dim, self.z_dim = token_dim, z_dim if token_dim else 0
         uniform = lambda *shape, fan: nn.Parameter(torch.empty(shape).uniform_(-1, 1) / fan**0.5)
         if token_dim:
@@ -39,7 +40,7 @@ class HistoryNet(nn.Module):
             self.w_h = uniform(members, H, 3 * H, fan=H)
             self.b_x = uniform(members, 1, 3 * H, fan=H)
             self.b_h = uniform(members, 1, 3 * H, fan=H)
-        sizes = [self.z_dim + in_dim, *widths, out_dim]
+        sizes = [self.z_dim + token_dim * newest + in_dim, *widths, out_dim]
         self.w = nn.ParameterList(uniform(members, i, o, fan=i) for i, o in zip(sizes, sizes[1:]))
         self.b = nn.ParameterList(uniform(members, 1, o, fan=i) for i, o in zip(sizes, sizes[1:]))
 
@@ -83,7 +84,12 @@ class HistoryNet(nn.Module):
         w, b = self.pick(member, *self.w), self.pick(member, *self.b)
         x = x.expand(len(w[0]), *x.shape[-2:])
         if self.token_dim:
-            x = torch.cat([self.encode(tokens, mask, member), x], -1)  # [E, B, H + I]
+            parts = [self.encode(tokens, mask, member), x]
+            if self.newest:
+                own = tokens[..., -1, :, :self.token_dim]  # 0 where there is no token yet
+                own = torch.where(mask[..., -1, :, None], own, 0.0)
+                parts.insert(1, own.expand(len(x), *own.shape[-2:]))
+            x = torch.cat(parts, -1)  # [E, B, H + I], or H + D + I
         for w_i, b_i in zip(w[:-1], b[:-1]):
             x = torch.baddbmm(b_i, x, w_i)  # [E, B, width]
             x = F.silu(F.layer_norm(x, x.shape[-1:]) if self.layer_norm else x)
@@ -103,13 +109,18 @@ class MetaModel(nn.Module):
     """
 
     def __init__(self, obs_dim, act_dim, members=3, widths=(400, 400), z_dim=5, token_dim=None,
-                 elites=None, lr=1e-3, weight_decay=0.0, batch_size=256, beta_nll=0.5,
-                 reward_weight=None, patience=5, least_steps=20, max_passes=200, max_holdout=5_000):
+                 layer_norm=False, newest=False, changes=False, elites=None, lr=1e-3,
+                 weight_decay=0.0, batch_size=256, beta_nll=0.5, reward_weight=None,
+                 patience=5, least_steps=20, max_passes=200, max_holdout=5_000):
+        """changes: each token also holds what it brought about, o_{i+1} - o_i. h holds that
+        anyway, but in two tokens, of which the GRU must remember one."""
         super().__init__()
         O, A = obs_dim, act_dim
         self.obs_dim, self.act_dim = O, A
         token_dim = O + A + 1 if token_dim is None else token_dim
-        self.net = HistoryNet(members, token_dim, O + A, 2 * (O + 1), widths, z_dim)
+        self.changes = changes and token_dim > 0
+        self.net = HistoryNet(members, token_dim + O * self.changes, O + A, 2 * (O + 1), widths,
+                              z_dim, layer_norm, newest)
         self.max_logvar = nn.Parameter(torch.full((members, 1, O + 1), 0.5))  # PETS' soft bounds
         self.min_logvar = nn.Parameter(torch.full((members, 1, O + 1), -10.0))
         # What is sampled from: all members, or the best few of them.
@@ -130,8 +141,15 @@ class MetaModel(nn.Module):
         self.optimizer = torch.optim.Adam([decayed, {"params": [self.max_logvar, self.min_logvar]}],
                                           lr=lr, fused=True)
 
-    def standardise(self, tokens):
-        return (tokens - self.token_mean).div_(self.token_std).clamp_(-10, 10)
+    def standardise(self, tokens, obs):
+        """The window's tokens [L, B, D] as the net reads them; obs [B, O] is what follows them."""
+        scaled = (tokens - self.token_mean).div_(self.token_std).clamp_(-10, 10)
+        if not self.changes:
+            return scaled
+        O = self.obs_dim
+        change = torch.cat([tokens[1:, :, :O], obs[None]]) - tokens[..., :O]  # [L, B, O]
+        change = (change - self.target_mean[1:]).div_(self.target_std[1:]).clamp_(-10, 10)
+        return torch.cat([change, scaled], -1)  # in front: token_dim may hide the reward at the end
 
     def standardise_step(self, obs, actions):
         """x = (o, a) [B, O + A], scaled as in the tokens."""
@@ -141,8 +159,8 @@ class MetaModel(nn.Module):
     def predict_mean(self, tokens, mask, obs, actions):
         """What all sampled-from members predict for raw inputs: mean, log-variance [E, B, O + 1] of
         the standardised (r, o' - o)."""
-        return self.predict(self.standardise(tokens), mask, self.standardise_step(obs, actions),
-                            self.chosen())
+        return self.predict(self.standardise(tokens, obs), mask,
+                            self.standardise_step(obs, actions), self.chosen())
 
     def chosen(self):
         """The members that are sampled from; None is all of them, at no copy of their weights."""
@@ -175,7 +193,7 @@ class MetaModel(nn.Module):
 
     def predict_dealt(self, tokens, mask, obs, actions, rows):
         """Mean and log-variance [E, B / E, O + 1] by each member for its own rows [E, B / E]."""
-        tokens, x = self.standardise(tokens), self.standardise_step(obs, actions)
+        tokens, x = self.standardise(tokens, obs), self.standardise_step(obs, actions)
         deal = lambda t, dim: t.index_select(dim, rows.flatten()).unflatten(dim, rows.shape)
         return self.predict(deal(tokens, 1).transpose(0, 1), deal(mask, 1).transpose(0, 1),
                             deal(x, 0),  # [E, L, B / E, D], [E, L, B / E], [E, B / E, O + A]
@@ -191,11 +209,10 @@ class MetaModel(nn.Module):
 
     def standardised(self, batch):
         """A Batch as inputs and targets: tokens [L, B, D], mask, x [B, O + A], y [B, O + 1]."""
-        obs, _, rewards = batch.split(self.obs_dim)
-        tokens = self.standardise(batch.tokens)
+        obs, actions, rewards = batch.split(self.obs_dim)
         y = torch.cat([rewards[:, None], batch.next_obs - obs], -1)
-        return (tokens[:-1], batch.mask[:-1], tokens[-1, :, :-1],
-                (y - self.target_mean) / self.target_std)
+        return (self.standardise(batch.tokens[:-1], obs), batch.mask[:-1],
+                self.standardise_step(obs, actions), (y - self.target_mean) / self.target_std)
 
     def use_statistics(self, statistics):
         """Standardise by D_env.statistics() from now on."""

@@ -34,15 +34,17 @@ class MetaPolicy(nn.Module):
     """Policy, twin Q, targets and temperature with their optimizers."""
 
     def __init__(self, obs_dim, act_dim, token_dim=None, widths=(400, 400), z_dim=5, gamma=0.99,
-                 tau=0.005, lr=3e-4, alpha=None, target_entropy=None, layer_norm=False):
+                 tau=0.005, lr=3e-4, alpha=None, target_entropy=None, layer_norm=False,
+                 newest=False):
         """alpha: a fixed temperature (1.0 is the paper's objective); None tunes it, from 0.1.
-        layer_norm: in Q, which without it runs away upwards (docs/DEVIATIONS.md)."""
+        layer_norm: in Q, which without it runs away upwards (docs/DEVIATIONS.md). newest: see
+        HistoryNet."""
         super().__init__()
         O, A = obs_dim, act_dim
         token_dim = O + A + 1 if token_dim is None else token_dim
         self.obs_dim, self.act_dim, self.gamma, self.tau = O, A, gamma, tau
-        self.actor = HistoryNet(1, token_dim, O, 2 * A, widths, z_dim)
-        self.qf = HistoryNet(2, token_dim, O + A, 1, widths, z_dim, layer_norm)
+        self.actor = HistoryNet(1, token_dim, O, 2 * A, widths, z_dim, newest=newest)
+        self.qf = HistoryNet(2, token_dim, O + A, 1, widths, z_dim, layer_norm, newest)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
         # The nets see tokens and observations standardised by the statistics of D_env.
         self.register_buffer("token_mean", torch.zeros(O + A + 1))

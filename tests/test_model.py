@@ -260,7 +260,8 @@ def test_a_fit_stops_at_an_error_that_is_not_finite():
 def test_what_is_seldom_seen_is_standardised_to_at_most_10():
     model = MetaModel(1, 1, widths=(4,))
     model.token_mean.fill_(1.0), model.token_std.fill_(0.5)
-    assert model.standardise(torch.tensor([[3.0, -9.0, 99.0]])).tolist() == [[4.0, -10.0, 10.0]]
+    scaled = model.standardise(torch.tensor([[[3.0, -9.0, 99.0]]]), torch.tensor([[0.0]]))
+    assert scaled.tolist() == [[[4.0, -10.0, 10.0]]]
     x = model.standardise_step(torch.tensor([[3.0]]), torch.tensor([[-9.0]]))
     assert x.tolist() == [[4.0, -10.0]]
 
@@ -269,6 +270,39 @@ def test_gaussian_nll_is_that_of_torch_distributions():
     mean, logvar, y = torch.randn(3, 50).double()
     slow = -Normal(mean, (0.5 * logvar).exp()).log_prob(y)
     assert torch.allclose(gaussian_nll(mean, logvar, y), slow)
+
+
+def test_with_changes_a_token_holds_what_it_brought_about():
+    model = MetaModel(2, 1, widths=(4,), changes=True)
+    model.target_mean.fill_(0.5), model.target_std.fill_(2.0)
+    window, obs = torch.randn(3, 5, 4), torch.randn(5, 2)
+    tokens = model.standardise(window, obs)
+    assert tokens.shape == (3, 5, 6) and torch.equal(tokens[..., 2:], window)
+    for i in range(3):
+        following = obs if i == 2 else window[i + 1, :, :2]
+        assert torch.allclose(tokens[i, :, :2], (following - window[i, :, :2] - 0.5) / 2)
+    batch = random_batch(2, 1, L=3, B=5)
+    seen = model.standardised(batch)[0]  # the last window ends where its own step begins
+    own = (batch.tokens[-1, :, :2] - batch.tokens[-2, :, :2] - 0.5) / 2
+    assert torch.allclose(seen[-1, :, :2], own)
+    blind = MetaModel(2, 1, widths=(4,), token_dim=0, changes=True)
+    assert blind.standardise(window, obs).shape == (3, 5, 4)
+
+
+def test_the_newest_token_joins_z_and_is_0_where_there_is_none():
+    torch.manual_seed(0)
+    net = HistoryNet(2, 4, 3, 1, (8,), newest=True)
+    tokens, mask, x = torch.randn(3, 6, 5), torch.rand(3, 6) < 0.5, torch.randn(6, 3)
+    mask[-1, :2] = torch.tensor([True, False])
+    z, out = net.encode(tokens, mask), net(tokens, mask, x)
+    for e in range(2):
+        for i in range(6):
+            newest = tokens[-1, i, :4] * mask[-1, i]  # of its 5 numbers the net reads 4
+            v = torch.cat([z[e, i], newest, x[i]]) @ net.w[0][e] + net.b[0][e, 0]
+            slow = v * torch.sigmoid(v) @ net.w[1][e] + net.b[1][e, 0]
+            assert torch.allclose(out[e, i], slow, atol=1e-5)
+    by_member = net(tokens.expand(2, 3, 6, 5), mask.expand(2, 3, 6), x.expand(2, 6, 3))
+    assert torch.allclose(by_member, out, atol=1e-6)
 
 
 def test_layer_norm_scales_each_hidden_row_and_only_in_q():
