@@ -249,7 +249,7 @@ def bench_evaluation(args, flags, env, device):
     """One evaluation, of an untrained agent, against the mj_steps of the same envs."""
     policy, _ = m3po.build(flags, env, device)
     n, seeds = flags.eval_episodes, list(range(flags.eval_episodes))
-    with closing(m3po.make_players(flags, env)) as players:
+    with closing(m3po.make_players(flags, lambda: m3po.build(flags, env, "cpu")[0])) as players:
         recorder = Recorder([envs.make(args.env) for _ in range(n)])
         evaluate(copy.deepcopy(policy).cpu(), recorder, seeds, flags.L)
 

@@ -7,9 +7,9 @@ full disk leaves the old one or the new one, complete:
                     statistics, D_env, D_model, random streams, the step, the current episode
     agent.pt        what is needed to use the agent: flags, policy, model (a few MB)
 
-Both hold tensors and plain Python values alone and are read with weights_only=True: a foreign file
-runs no code. The env itself is not saved. Every episode starts from its own seed, so the
-interrupted one is replayed: the same seed, the same actions, at the simulator's speed. That needs
+Both name the method, "m3po" or a baseline. They hold tensors and plain Python values alone and are
+read with weights_only=True: a foreign file runs no code. The env itself is not saved. Every episode
+starts from its own seed, so the interrupted one is replayed: the same seed, the same actions, at the simulator's speed. That needs
 nothing of the env but Gymnasium's promise that reset(seed) makes it deterministic.
 """
 
@@ -59,8 +59,9 @@ def write_atomically(path, write):
         raise
 
 
-def read(path, kind):
-    """A checkpoint of the given kind ("agent" or "run") as a dict on the CPU."""
+def read(path, kind, method=None):
+    """A checkpoint of the given kind ("agent" or "run") as a dict on the CPU; of this method, where
+    one is named."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -72,41 +73,53 @@ def read(path, kind):
     if state.get("version") != VERSIONS[kind]:
         raise CheckpointError(f"{path}: field 'version' is {state.get('version')}, "
                               f"not {VERSIONS[kind]}")
+    state.setdefault("method", "m3po")  # there was no other once
+    if method and state["method"] != method:
+        raise CheckpointError(f"{path} is of the method {state['method']}, not {method}")
     return state
 
 
-def save(args, progress, policy, model, D_env, D_model):
+def optimizers(nets):
+    """The optimizers of some modules, in the order in which they were made."""
+    return [value for net in nets for module in net.modules() for value in vars(module).values()
+            if isinstance(value, torch.optim.Optimizer)]
+
+
+def save(args, progress, **parts):
     """Write agent.pt and checkpoint.pt into args.out. args and progress hold plain values, in lists
-    and dicts, and tensors."""
+    and dicts, and tensors. parts: the nets, which make up the agent, and the datasets."""
     folder = Path(args.out)
-    agent = {"version": VERSIONS["agent"], "kind": "agent", "flags": vars(args),
-             "step": progress.step, "policy": policy.state_dict(), "model": model.state_dict()}
-    optimizers = (policy.q_optimizer, policy.actor_optimizer, model.optimizer)
-    cuda = torch.cuda.get_rng_state() if next(policy.parameters()).is_cuda else None
-    run = agent | {"version": VERSIONS["run"], "kind": "run", "progress": vars(progress),
-                   "D_env": D_env.state_dict(), "D_model": D_model.state_dict(),
-                   "rng": torch.get_rng_state(), "rng_cuda": cuda,
-                   "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+    nets = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    agent = {"version": VERSIONS["agent"], "kind": "agent", "method": args.method,
+             "flags": vars(args), "step": progress.step}
+    agent |= {name: net.state_dict() for name, net in nets.items()}
+    run = agent | {name: part.state_dict() for name, part in parts.items() if name not in nets} | {
+        "version": VERSIONS["run"], "kind": "run", "progress": vars(progress),
+        "rng": torch.get_rng_state(),
+        "rng_cuda": torch.cuda.get_rng_state() if on_gpu(nets.values()) else None,
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers(nets.values())]}
     write_atomically(folder / "agent.pt", lambda f: torch.save(agent, f))
     write_atomically(folder / "checkpoint.pt", lambda f: torch.save(run, f))
 
 
-def restore(state, policy, model, D_env, D_model):
-    """Load a "run" checkpoint into freshly built parts and the random streams; returns progress
-    as a dict."""
-    optimizers = (policy.q_optimizer, policy.actor_optimizer, model.optimizer)
+def on_gpu(nets):
+    return any(weight.is_cuda for net in nets for weight in net.parameters())
+
+
+def restore(state, **parts):
+    """Load a "run" checkpoint into freshly built parts, as given to `save`, and the random streams;
+    returns progress as a dict."""
+    nets = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
     try:
-        policy.load_state_dict(state["policy"])
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        for optimizer, saved in zip(optimizers(nets), state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        D_env.load_state_dict(state["D_env"])
-        D_model.load_state_dict(state["D_model"])
     except (KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"the checkpoint does not fit this run: {reason}") from error
     torch.set_rng_state(state["rng"])
-    if state["rng_cuda"] is not None and next(policy.parameters()).is_cuda:
+    if state["rng_cuda"] is not None and on_gpu(nets):
         torch.cuda.set_rng_state(state["rng_cuda"])
     return state["progress"]
 

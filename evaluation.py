@@ -118,7 +118,7 @@ class Players:
     def evaluate(self, policy, env_seeds):
         """`evaluate` of a policy on any device, in all processes at the same time."""
         weights = {name: w.numpy(force=True) for name, w in policy.state_dict().items()
-                   if not name.startswith("qf")}
+                   if "qf" not in name}
         own, *others = [env_seeds[part[0]:part[-1] + 1] for part in self.parts]
         threads = torch.get_num_threads()
         if self.workers > 1:  # torch's own threads would spin on the cores that the others need

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from checkpoint import CheckpointError
-from policy import LOGGED
+from flags import program
 
 
 class StopSignals:
@@ -41,7 +41,7 @@ def check_finite(progress, policy, E):
     losses, first = progress.losses.cpu(), (progress.step - 1) // E * E  # [E, LOGGED], by env step
     if not torch.isfinite(losses).all():
         bad = int((~torch.isfinite(losses)).any(1).nonzero()[0, 0])
-        which = LOGGED[int((~torch.isfinite(losses[bad])).nonzero()[0, 0])]
+        which = progress.logged[int((~torch.isfinite(losses[bad])).nonzero()[0, 0])]
         raise FloatingPointError(f"{which} is not finite at env step {first + bad}")
     if not all(torch.isfinite(q).all() for q in policy.parameters()):
         raise FloatingPointError("a parameter of the policy or Q is not finite at step "
@@ -69,27 +69,42 @@ def saved_first(args, progress, policy, save):
         try:
             check_finite(progress, policy, args.E)
             save()
-            outcome = f"saved; go on with: python m3po.py --resume {args.out}"
+            outcome = f"saved; go on with: {resume_command(args)}"
         except (FloatingPointError, CheckpointError) as reason:
             outcome = f"not saved: {reason}"
-        print(f"m3po.py: error in {args.env} at env step {progress.step}, step "
+        print(f"{program(args.method)}: error in {args.env} at env step {progress.step}, step "
               f"{len(progress.actions)} of episode {progress.episode}; {outcome}",
               file=sys.stderr, flush=True)
         raise
 
 
+def resume_command(args):
+    module = "" if args.method == "m3po" else "-m "
+    return f"python {module}{program(args.method)} --resume {args.out}"
+
+
 @contextmanager
-def in_one_line():
+def in_one_line(method):
     """What needs no traceback ends the program with one line."""
     try:
         yield
     except (FloatingPointError, CheckpointError) as error:
-        sys.exit(f"m3po.py: error: {error}")
+        sys.exit(f"{program(method)}: error: {error}")
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         message = str(error).partition("\n")[0] or "out of memory"
-        sys.exit(f"m3po.py: error: {message}; see --M, --retain, --env-capacity")
+        sizes = "--M, --retain, --env-capacity" if method == "m3po" else "--env-capacity"
+        sys.exit(f"{program(method)}: error: {message}; see {sizes}")
     except KeyboardInterrupt:  # before training, which has StopSignals
         print("stopped before training began", file=sys.stderr)
         sys.exit(130)
+
+
+def run(method, main, args, env, state):
+    """main(args, env, state) as a program: with what stopped it in one line and the exit status."""
+    with in_one_line(method):
+        number = main(args, env, state)
+    if number:
+        print(f"stopped and saved; go on with: {resume_command(args)}")
+        sys.exit(128 + number)

@@ -3,9 +3,14 @@
 `parse` reads what was given once; whatever was not comes from the checkpoint to resume, then from
 the env's row of BY_ENV, then from DEFAULTS. It makes no env and creates nothing. What is wrong ends
 the program with one line and exit status 2.
+
+A baseline (baselines/NAME.py) has the flags EVERY method has, those of DEFAULTS that it names in
+SAME, and its own: DEFAULTS and BY_ENV of its file, which win over the ones here, and
+add_flags(add), which describes them. `method` is "m3po" or NAME.
 """
 
 import argparse
+import importlib
 import math
 from datetime import datetime
 from pathlib import Path
@@ -50,25 +55,47 @@ HYBRID = {"halfcheetah-pier": (80, 130), "walker2d-randomparams": (50, 100),
 SHORT = {"point-fwd-bwd": "toy", "halfcheetah-pier": "pier", "walker2d-randomparams": "walker2d",
          "humanoid-direc": "humanoid"}  # in --help
 
+# What every method has; the rest is M3PO's.
+EVERY = """env oracle switch_every seed N E L width env_capacity warmup gamma device threads
+eval_episodes eval_every checkpoint_every out resume""".split()
+
 MAY_CHANGE = {"N", "out", "device", "threads", "compile", "resume"}  # from a run to its resume
 CHANGES_NO_LEARNING = MAY_CHANGE | {"env", "seed", "eval_episodes", "eval_every", "diagnose_every",
                                     "checkpoint_every", "env_capacity"}
 ONE_THREAD = 128  # units of width up to which a second thread of torch costs more than it brings
 
 
-def defaults(env):
-    """{flag: value} for this env."""
-    return DEFAULTS | BY_ENV.get(env, {}) | {"env": env}
+def program(method):
+    """What is typed after "python" to run it, "-m" apart."""
+    return "m3po.py" if method == "m3po" else f"baselines.{method}"
+
+
+def tables(method):
+    """The method's DEFAULTS and BY_ENV."""
+    if method == "m3po":
+        return DEFAULTS, BY_ENV
+    own = importlib.import_module(f"baselines.{method}")
+    default = {name: DEFAULTS[name] for name in [*EVERY, *own.SAME]} | own.DEFAULTS
+    rows = {env: {name: value for name, value in row.items() if name in default}
+            | own.BY_ENV.get(env, {}) for env, row in BY_ENV.items()}
+    return default, own.BY_ENV | rows
+
+
+def defaults(env, method="m3po"):
+    """{flag: value} for this env, and the method."""
+    default, by_env = tables(method)
+    return default | by_env.get(env, {}) | {"env": env, "method": method}
 
 
 def default_warmup(flags):
     """At most half the run, so that a short one learns something too."""
-    return min(defaults(flags["env"])["warmup"], max(1, flags["N"] * flags["E"] // 2))
+    default = defaults(flags["env"], flags.get("method", "m3po"))
+    return min(default["warmup"], max(1, flags["N"] * flags["E"] // 2))
 
 
 def differences(flags):
-    """{flag: value} of what is trained otherwise than by the defaults for flags["env"]."""
-    default = defaults(flags["env"])
+    """{flag: value} of what is trained otherwise than by the method's defaults for flags["env"]."""
+    default = defaults(flags["env"], flags.get("method", "m3po"))
     if flags.get("warmup") == default_warmup(flags):
         default["warmup"] = flags["warmup"]
     return {name: flags[name] for name, value in default.items()
@@ -88,6 +115,10 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def refuse(self, name, reason):
+        """End the program with one line that names the flag."""
+        self.error(f"argument --{name.replace('_', '-')}: {reason}")
 
 
 def in_range(kind, low, high=math.inf, low_open=False, high_open=False):
@@ -114,27 +145,35 @@ count, natural = in_range(int, 1), in_range(int, 0)
 positive, fraction = in_range(float, 0, low_open=True), in_range(float, 0, 1)
 
 
-def shown(name):
+def shown(name, method="m3po"):
     """The defaults of a flag as --help shows them: "1000; toy 200"."""
+    default, by_env = tables(method)
     say = lambda value: ("no", "yes")[value] if isinstance(value, bool) else str(value)
-    return "; ".join([say(DEFAULTS[name])] + [
-        f"{SHORT[env]} {say(row[name])}" for env, row in BY_ENV.items() if name in row])
+    return "; ".join([say(default[name])] + [
+        f"{SHORT.get(env, env)} {say(row[name])}" for env, row in by_env.items() if name in row])
 
 
-def build_parser():
-    parser = OneLineParser("m3po.py", argument_default=argparse.SUPPRESS, usage="m3po.py [flags]",
-                           description="""\
+def build_parser(method="m3po"):
+    default, own = tables(method)[0], None
+    description = """\
 M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Algorithm 2.
 
     python m3po.py                                                     the toy: about 2 minutes
-    python m3po.py --env halfcheetah-fwd-bwd --N 20 --G 10 --width 128 a robot: half an hour""")
+    python m3po.py --env halfcheetah-fwd-bwd --N 20 --G 10 --width 128 a robot: half an hour"""
+    if method != "m3po":
+        own = importlib.import_module(f"baselines.{method}")
+        description = own.__doc__.partition("\n")[0]
+    parser = OneLineParser(program(method), argument_default=argparse.SUPPRESS,
+                           usage=f"{program(method)} [flags]", description=description)
 
     def group(title):
         arguments = parser.add_argument_group(title)
 
         def add(*names, help, shows=None, **kwargs):
             name = names[0].strip("-").replace("-", "_")
-            arguments.add_argument(*names, help=f"{help} ({shows or shown(name)})", **kwargs)
+            if name in default:  # which the method has
+                arguments.add_argument(*names, help=f"{help} ({shows or shown(name, method)})",
+                                       **kwargs)
         return add
 
     add = group("the ten to know first")
@@ -145,13 +184,13 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
         help="policy updates (gradient steps) per env step: what takes the time")
     add("--width", type=count, metavar="UNITS", help="of each of the two hidden layers")
     add("--L", "--history-length", type=natural, metavar="TOKENS",
-        help="how many steps back policy and model see; 0 blinds them")
+        help="how many steps back the agent sees; 0 blinds it")
     add("--threads", type=count, metavar="CORES", help="cores to use, for torch and for evaluation",
         shows=f"torch's choice, but 1 for torch up to a width of {ONE_THREAD}")
     add("--device", choices=("auto", "cpu", "cuda"), help="auto takes a GPU if there is one")
-    add("--out", metavar="DIR", help="run folder", shows="runs/ENV__m3po__SEED__TIME")
+    add("--out", metavar="DIR", help="run folder", shows=f"runs/ENV__{method}__SEED__TIME")
     add("--resume", metavar="DIR", help="go on with the run in DIR; may then be changed",
-        shows=", ".join(f"--{name}" for name in sorted(MAY_CHANGE - {"resume"})))
+        shows=", ".join(f"--{name}" for name in sorted(MAY_CHANGE & default.keys() - {"resume"})))
 
     add = group("Table 2 of the paper")
     add("--E", "--steps-per-epoch", type=count, metavar="STEPS", help="env steps per epoch")
@@ -159,7 +198,7 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
         help="model rollouts per env step")
     add("--k", "--rollout-length", type=count, metavar="STEPS", help="model steps per rollout")
     add("--B", "--ensemble-size", type=count, metavar="MEMBERS", help="of the meta-model")
-    add("--z-dim", type=count, metavar="UNITS", help="of the GRU")
+    add("--z-dim", type=count, metavar="UNITS", help="of z")
 
     add("--newest-token", action=argparse.BooleanOptionalAction,
         help="every net's MLP sees the newest token itself, beside z; not in the paper")
@@ -225,69 +264,74 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
     add("--compile", choices=("auto", "on", "off"),
         help="torch.compile, and on a GPU CUDA graphs (see speed.py): a minute or two first, then a"
         " third faster; auto: from 10,000 updates per epoch on")
+    if own:
+        own.add_flags(group(f"{method}'s own"))
     return parser
 
 
 # ---- what may not go together -------------------------------------------------------------------
 
 
-def refuse(name, reason):
-    """End the program with one line that names the flag."""
-    build_parser().error(f"argument --{name.replace('_', '-')}: {reason}")
-
-
-def parse(argv=None):
+def parse(argv=None, method="m3po"):
     """(flags as a namespace, the checkpoint to resume or None)."""
-    given = vars(build_parser().parse_args(argv))
+    parser = build_parser(method)
+    given = vars(parser.parse_args(argv))
     state, saved, folder = None, {}, given.get("resume")
     if folder is not None:
-        state = checkpoint_to_resume(folder, given)
+        state = checkpoint_to_resume(parser, folder, given, method)
         saved = state["flags"] | {"out": folder}
     short = {env_id: name for name, env_id in envs.ENVS.items()}  # M3PO/AntFwdBwd-v0
     env = (given | saved).get("env", DEFAULTS["env"])
-    flags = argparse.Namespace(**defaults(short.get(env, env)) | saved | given)
+    flags = argparse.Namespace(**defaults(short.get(env, env), method) | saved | given)
     flags.env = short.get(flags.env, flags.env)
     if "warmup" not in given | saved:
         flags.warmup = default_warmup(vars(flags))
-    choose_device(flags, given)
-    if flags.hybrid is not None and not state:
-        flags.hybrid = list(flags.hybrid or HYBRID.get(flags.env, ()))
-        if len(flags.hybrid) != 2 or not flags.hybrid[0] < flags.hybrid[1]:
-            refuse("hybrid", f"needs two epochs A < B; Table 3 has values only for "
-                             f"{', '.join(HYBRID)}")
-        if "beta" in given:
-            refuse("beta", "a constant fraction contradicts --hybrid's schedule")
+    choose_device(parser, flags, given)
+    if method == "m3po":
+        check_variants(parser, flags, given, state)
     if state and flags.N * flags.E < state["step"]:
-        refuse("N", f"{flags.N} epochs lie before the checkpoint's step {state['step']}")
-    if flags.rollout == "full" and flags.k != 1:
-        refuse("k", "full rollouts have no length but the episode's")
+        parser.refuse("N", f"{flags.N} epochs lie before the checkpoint's step {state['step']}")
     if flags.warmup > flags.N * flags.E:
-        refuse("warmup", f"{flags.warmup} is more than the run's {flags.N * flags.E} env steps")
+        parser.refuse("warmup",
+                      f"{flags.warmup} is more than the run's {flags.N * flags.E} env steps")
     if flags.out is None:
         name = flags.env.replace("/", "-").replace(":", "-")
-        flags.out = f"runs/{name}__m3po__{flags.seed}__{datetime.now():%Y%m%d-%H%M%S}"
+        flags.out = f"runs/{name}__{method}__{flags.seed}__{datetime.now():%Y%m%d-%H%M%S}"
     if Path(flags.out).exists() and flags.out != folder:
-        refuse("out", f"{flags.out} exists; a run goes on only with --resume")
+        parser.refuse("out", f"{flags.out} exists; a run goes on only with --resume")
     return flags, state
 
 
-def checkpoint_to_resume(folder, given):
+def check_variants(parser, flags, given, state):
+    """What M3PO's variants need and exclude."""
+    if flags.hybrid is not None and not state:
+        flags.hybrid = list(flags.hybrid or HYBRID.get(flags.env, ()))
+        if len(flags.hybrid) != 2 or not flags.hybrid[0] < flags.hybrid[1]:
+            parser.refuse("hybrid", f"needs two epochs A < B; Table 3 has values only for "
+                                    f"{', '.join(HYBRID)}")
+        if "beta" in given:
+            parser.refuse("beta", "a constant fraction contradicts --hybrid's schedule")
+    if flags.rollout == "full" and flags.k != 1:
+        parser.refuse("k", "full rollouts have no length but the episode's")
+
+
+def checkpoint_to_resume(parser, folder, given, method):
     """The checkpoint in a run folder, if the flags given beside it do not contradict it."""
     try:
-        state = checkpoint.read(Path(folder) / "checkpoint.pt", "run")
+        state = checkpoint.read(Path(folder) / "checkpoint.pt", "run", method)
     except checkpoint.CheckpointError as error:
-        refuse("resume", error)
+        parser.refuse("resume", error)
     for name in given.keys() - MAY_CHANGE:
         if given[name] != state["flags"].get(name):
-            refuse(name, f"{given[name]} contradicts the checkpoint, which has "
-                         f"{state['flags'].get(name)}")
+            parser.refuse(name, f"{given[name]} contradicts the checkpoint, which has "
+                                f"{state['flags'].get(name)}")
     return state
 
 
-def choose_device(flags, given):
+def choose_device(parser, flags, given):
     """Replace "auto" by what is there."""
     there = torch.cuda.is_available()
     if flags.device == "cuda" and not there and "device" in given:
-        refuse("device", "cuda asked for, but torch sees no CUDA device")
+        parser.refuse("device", "cuda asked for, but torch sees no CUDA device")
     if flags.device == "auto" or not there:  # also a run from a GPU, resumed where there is none
         flags.device = "cuda" if there else "cpu"

@@ -1,7 +1,8 @@
 """What a run leaves behind and says: the run folder, its logs, the clocks and the screen.
 
-    config.json     flags and versions
-    progress.csv    one row per epoch (FIELDS; docs/LOGS.md explains each column)
+    config.json     method, flags and versions
+    progress.csv    one row per epoch (FIELDS; docs/LOGS.md explains each column). A baseline leaves
+                    empty what it has not and adds what it alone has
     eval.csv        one row per evaluation episode
     events.*        the same numbers for TensorBoard, where it is installed
 """
@@ -28,7 +29,6 @@ import diagnostics
 import envs
 from evaluation import early_steps, summarise
 from flags import differences
-from policy import LOGGED
 
 FIELDS = [*"""epoch global_step eval_return_mean eval_return_std eval_length_mean
 eval_discounted_return eval_reward_after_switch eval_reward_otherwise eval_right_way eval_faults
@@ -73,7 +73,8 @@ def open_run_folder(args, step):
         out.mkdir(parents=True, exist_ok=bool(args.resume))
     for name in ("progress.csv", "eval.csv") if args.resume else ():
         checkpoint.cut_log(Path(args.resume) / name, out / name, step)
-    config = json.dumps({"flags": vars(args), "versions": versions()}, indent=1)
+    config = json.dumps({"method": args.method, "flags": vars(args), "versions": versions()},
+                        indent=1)
     checkpoint.write_atomically(out / "config.json", lambda f: f.write(config.encode()))
     return out
 
@@ -112,19 +113,15 @@ class Log:
         else:
             self.bar.write(line, file=sys.stdout)
 
-    def finish_epoch(self, beta, policy, model, D_env, D_model, players):
-        """What an epoch is judged by: evaluation, diagnostics, a row in the logs. It touches no
-        training stream."""
+    def finish_epoch(self, policy, players, columns):
+        """What an epoch is judged by: evaluation and a row in the logs. It touches no training
+        stream. columns: {name: value} of the row that the method itself knows."""
         args, progress = self.args, self.progress
         epoch = progress.epoch + 1
-        row = {"epoch": epoch, "global_step": progress.step, "beta": beta}
+        row = {"epoch": epoch, "global_step": progress.step}
         if args.eval_episodes and epoch % args.eval_every == 0:
             row |= self.evaluate(policy, players, epoch)
-        if args.diagnose_every and epoch % args.diagnose_every == 0 and len(D_env):
-            with clock(progress, "diagnose"):
-                row |= diagnostics.measure(policy, model, D_env, progress.fit, args, epoch)
-        self.write(row | {"alpha": policy.log_alpha.exp().item()}, D_model.stats)
-        D_model.stats.zero_()
+        self.write(row | columns)
         progress.next_epoch()
 
     def evaluate(self, policy, players, epoch):
@@ -140,23 +137,21 @@ class Log:
         progress.best = max(progress.best, progress.last)
         return metrics
 
-    def write(self, row, stats):
-        """Complete an epoch's row; to progress.csv, TensorBoard, the screen. stats: D_model's."""
-        progress = self.progress
+    def write(self, row):
+        """Complete an epoch's row; to progress.csv, TensorBoard, the screen."""
+        progress, logged = self.progress, self.progress.logged
         done = progress.updated
-        mean = progress.losses.sum(0).cpu() / done if done else torch.full((len(LOGGED),), math.nan)
-        imagined, ended, nonfinite = stats.tolist()
+        mean = progress.losses.sum(0).cpu() / done if done else torch.full((len(logged),), math.nan)
         returns = progress.train_returns
-        row = row | dict(zip(LOGGED, mean.tolist())) | {
+        row = row | dict(zip(logged, mean.tolist())) | {
             "train_return_mean": float(np.mean(returns)) if returns else math.nan,
-            "imagined": int(imagined), "terminated_share": ended / max(imagined, 1),
-            "nonfinite_share": nonfinite / max(imagined, 1),
             "dropped_transitions": progress.dropped}
         row |= {f"model_{name}": value for name, value in progress.fit.items()}
         row |= {f"seconds_{part}": seconds for part, seconds in progress.seconds.items()}
-        append_csv(self.out / "progress.csv", FIELDS, [row])
+        own = [name for name in logged if name not in FIELDS]
+        append_csv(self.out / "progress.csv", FIELDS + own, [row])
         for name, value in row.items() if self.board else ():
-            group = "losses" if name in LOGGED else "charts"
+            group = "losses" if name in logged else "charts"
             self.board.add_scalar(f"{group}/{name}", value, row["global_step"])
         self.seconds.update(progress.seconds)
         self.say(epoch_line(row, progress))
@@ -186,9 +181,9 @@ def epoch_line(row, progress):
     parts = [f"epoch {row['epoch']:3d}", f"step {row['global_step']:7,d}"]
     if "eval_return_mean" in row:
         parts.append(f"return {row['eval_return_mean']:7.1f} +- {row['eval_return_std']:5.1f}")
-    if progress.updated:
+    if progress.updated and "q_mean" in row:
         parts += [f"Q {row['q_mean']:6.1f}", f"alpha {row['alpha']:.3f}"]
-    else:
+    if not progress.updated:
         parts.append("warm-up: random actions, nothing is learned yet")
     if fit := progress.fit:
         parts.append("explained r {explained_reward:.2f} o {explained_obs:.2f}".format_map(fit))
@@ -215,6 +210,11 @@ def versions():
             "numpy": np.__version__, "commit": commit or "unknown"}
 
 
+def method_name(method):
+    """As it is written: M3PO, PEARL, GHP-MDP."""
+    return method.upper().replace("_", "-")
+
+
 def describe(args, env, progress):
     """What is trained, in some ten lines."""
     inner, own = env.unwrapped, "the env's own"
@@ -222,6 +222,9 @@ def describe(args, env, progress):
     task = period or "one per episode"
     if isinstance(period, int):
         task = f"redrawn every {period} env steps"
+    name = method_name(args.method)
+    rollouts = f", {args.E * args.M:,} model rollouts of k={args.k}" if "M" in args else ""
+    updates = f", {args.E * args.G:,} policy updates" if "G" in args else ""
     note = "" if envs.termination_known(env) else " (unknown to the model: branches never end)"
     differs = [f"{name.replace('_', ' ')} = {value}"
                for name, value in differences(vars(args)).items()]
@@ -232,9 +235,8 @@ def describe(args, env, progress):
         f"terminated   {getattr(inner, 'termination_text', own)}{note}; "
         f"episodes of {envs.time_limit(env):,} env steps at most",
         f"hidden task  {task}",
-        "method       M3PO" + (", but " + ", ".join(differs) if differs else ""),
-        f"one epoch    {args.E:,} env steps, {args.E * args.M:,} model rollouts of k={args.k}, "
-        f"{args.E * args.G:,} policy updates; {args.N} epochs",
+        f"method       {name}" + (", but " + ", ".join(differs) if differs else ""),
+        f"one epoch    {args.E:,} env steps{rollouts}{updates}; {args.N} epochs",
         f"device       {args.device}, {torch.get_num_threads()} threads, seed {args.seed}",
         "versions     " + ", ".join(f"{name} {text[:12]}" for name, text in versions().items()),
         f"run folder   {args.out}"]

@@ -24,7 +24,6 @@ The clocks of one run (Table 2, halfcheetah-fwd-bwd):
     fit        every `--fit-every` env steps (the paper: once per epoch)
 """
 
-import sys
 from argparse import Namespace
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import diagnostics
 import envs
 import faults
 import flags
@@ -47,12 +47,14 @@ from rollouts import Batch, EnvBuffer, ModelBuffer
 
 def main(args, env, state=None):
     """Algorithm 2. Returns the number of the signal that stopped it, or None."""
-    players = make_players(args, env)  # first: it forks, and draws weights that are not used
+    # First, for it forks; it draws weights that are not used.
+    players = make_players(args, lambda: build(args, env, "cpu")[0])
     speed.set_threads(args)
     policy, model, D_env, D_model, progress = begin(args, env, state)  # line 1
     update = speed.fastest_update(policy, model, args)
     log = Log(args, env, progress)
-    save = lambda: checkpoint.save(args, progress, policy, model, D_env, D_model)
+    parts = dict(policy=policy, model=model, D_env=D_env, D_model=D_model)
+    save = lambda: checkpoint.save(args, progress, **parts)
 
     with (closing(players), faults.StopSignals() as stop,
           faults.saved_first(args, progress, policy, save), closing(log)):
@@ -78,7 +80,8 @@ def main(args, env, state=None):
                 log.step()
             faults.check_finite(progress, policy, args.E)
             if progress.step == epoch * args.E:
-                log.finish_epoch(beta, policy, model, D_env, D_model, players)
+                columns = measure(args, progress, beta, **parts)
+                log.finish_epoch(policy, players, columns)
             if stop.received or epoch % args.checkpoint_every == 0 or epoch == args.N:
                 save()
             if stop.received:
@@ -93,7 +96,8 @@ def main(args, env, state=None):
 class Progress:
     """What changes from step to step and lies in no net, dataset or random stream."""
 
-    losses: torch.Tensor  # [E, LOGGED], by env step of this epoch; 0 where nothing was updated
+    losses: torch.Tensor  # [E, logged], by env step of this epoch; 0 where nothing was updated
+    logged: tuple = LOGGED  # what they are: columns of progress.csv
     step: int = 0  # env steps taken
     epoch: int = 0  # epochs finished: evaluated, and in the logs
     episode: int = 0  # training episodes begun, less one
@@ -109,7 +113,7 @@ class Progress:
     best: list = field(default_factory=lambda: [float("-inf"), 0])
 
     def note(self, losses):
-        """The LOGGED of the updates of the env step just taken; nothing waits for the GPU."""
+        """The losses of the updates of the env step just taken; nothing waits for the GPU."""
         self.losses[(self.step - 1) % len(self.losses)] = torch.stack(losses).mean(0)
         self.updated += 1
 
@@ -132,7 +136,8 @@ def begin(args, env, state):
         D_model = ModelBuffer(D_env, args.M, args.k, args.retain, ends)
     progress = Progress(torch.zeros(args.E, len(LOGGED), device=args.device))
     if state is not None:
-        progress = Progress(**checkpoint.restore(state, policy, model, D_env, D_model))
+        progress = Progress(**checkpoint.restore(state, policy=policy, model=model, D_env=D_env,
+                                                 D_model=D_model))
         progress.losses = progress.losses.to(args.device)
     return policy, model, D_env, D_model, progress
 
@@ -204,33 +209,57 @@ def sample_batches(D_model, D_env, beta, n, batch_size):
     return zip(parts[0] if len(parts) == 1 else map(Batch.join, *reversed(parts)), noise)
 
 
+# ---- what an epoch ends with --------------------------------------------------------------------
+
+
+def measure(args, progress, beta, policy, model, D_env, D_model):
+    """The columns of progress.csv that are M3PO's own. It touches no training stream."""
+    epoch = progress.epoch + 1
+    imagined, ended, nonfinite = D_model.stats.tolist()
+    D_model.stats.zero_()
+    columns = {"beta": beta, "alpha": policy.log_alpha.exp().item(), "imagined": int(imagined),
+               "terminated_share": ended / max(imagined, 1),
+               "nonfinite_share": nonfinite / max(imagined, 1)}
+    if args.diagnose_every and epoch % args.diagnose_every == 0 and len(D_env):
+        with clock(progress, "diagnose"):
+            columns |= diagnostics.measure(policy, model, D_env, progress.fit, args, epoch)
+    return columns
+
+
+# ---- begin and end of a run, which baselines/ share ---------------------------------------------
+
+
 def make_env(args):
     return envs.make(args.env, args.switch_every, args.oracle)
 
 
-def make_players(args, env):
-    """Evaluation's envs, dealt to as many processes as this run may use cores. The toy's episodes
-    are over in less time than that saves."""
+def make_players(args, make_policy):
+    """Evaluation's envs, dealt to as many processes as this run may use cores, each with a policy
+    from make_policy(). The toy's episodes are over in less time than that saves."""
     workers = 1 if args.env == "point-fwd-bwd" else speed.cores(args)
-    return Players(lambda: make_env(args), lambda: build(args, env, "cpu")[0], args.eval_episodes,
-                   workers, args.L)
+    return Players(lambda: make_env(args), make_policy, args.eval_episodes, workers, args.L)
 
 
-def parse_args(argv=None):
+def parse_args(argv=None, method="m3po"):
     """(args, env, state): the flags, the env they name, the checkpoint to resume or None. Whatever
     is wrong is said in one line, before anything is created."""
-    args, state = flags.parse(argv)
+    args, state = flags.parse(argv, method)
     try:
         return args, make_env(args), state
     except envs.EnvError as error:
-        flags.refuse("env", error)
+        flags.build_parser(method).refuse("env", error)
+
+
+def open_agent(folder, method="m3po"):
+    """What agent.pt of a run folder holds, and its env and flags."""
+    agent = checkpoint.read(Path(folder) / "agent.pt", "agent", method)
+    args = Namespace(**flags.defaults(agent["flags"]["env"], method) | agent["flags"])
+    return agent, make_env(args), args
 
 
 def load(folder, device="cpu"):
     """The trained agent of a run folder: (policy, model, env, args). Its use: docs/USING.md."""
-    agent = checkpoint.read(Path(folder) / "agent.pt", "agent")
-    args = Namespace(**flags.defaults(agent["flags"]["env"]) | agent["flags"])
-    env = make_env(args)
+    agent, env, args = open_agent(folder)
     policy, model = build(args, env, device)
     policy.load_state_dict(agent["policy"])
     model.load_state_dict(agent["model"])
@@ -238,12 +267,7 @@ def load(folder, device="cpu"):
 
 
 def command_line():
-    args, env, state = parse_args()
-    with faults.in_one_line():
-        number = main(args, env, state)
-    if number:
-        print(f"stopped and saved; go on with: python m3po.py --resume {args.out}")
-        sys.exit(128 + number)
+    faults.run("m3po", main, *parse_args())
 
 
 if __name__ == "__main__":

@@ -136,6 +136,17 @@ class MetaPolicy(nn.Module):
         targets, sources = list(self.qf_target.parameters()), list(self.qf.parameters())
         torch._foreach_lerp_(targets, sources, self.tau)
 
+    def update_actor(self, batch, noise):
+        """A gradient step of policy and temperature; returns the actor's loss and log pi [B]."""
+        self.qf.requires_grad_(False)  # the actor's gradient passes through Q and changes nothing
+        actor_loss, logp = self.actor_loss(batch, noise)
+        temperature_loss = self.temperature_loss(logp) if self.tune_alpha else 0.0
+        self.actor_optimizer.zero_grad()
+        (actor_loss + temperature_loss).backward()
+        self.actor_optimizer.step()
+        self.qf.requires_grad_(True)
+        return actor_loss, logp
+
     def update(self, batch, noise):
         """One policy update on a Batch with standard normal noise [2, B, A]. Returns a tensor of
         LOGGED, so that nothing here waits for the GPU."""
@@ -143,14 +154,6 @@ class MetaPolicy(nn.Module):
         self.q_optimizer.zero_grad()
         q_loss.backward()
         self.q_optimizer.step()
-
-        self.qf.requires_grad_(False)  # the actor's gradient passes through Q and changes nothing
-        actor_loss, logp = self.actor_loss(batch, noise[1])
-        temperature_loss = self.temperature_loss(logp) if self.tune_alpha else 0.0
-        self.actor_optimizer.zero_grad()
-        (actor_loss + temperature_loss).backward()
-        self.actor_optimizer.step()
-        self.qf.requires_grad_(True)
-
+        actor_loss, logp = self.update_actor(batch, noise[1])
         self.update_targets()
         return torch.stack([q_loss.detach(), actor_loss.detach(), q_mean, td_error, -logp.mean()])

@@ -52,6 +52,7 @@ def test_the_table_of_defaults_names_every_flag_and_no_other():
     assert all(set(row) < set(flags.DEFAULTS) for row in flags.BY_ENV.values())
     assert vars(flags.build_parser().parse_args([])) == {}  # what was not given is not there
     args = vars(parse("--env", "humanoid-direc", "--tau", "0.1")[0])
+    assert args.pop("method") == "m3po"
     assert {name: args[name] for name in args if args[name] != flags.DEFAULTS[name]} == {
         "env": "humanoid-direc", "M": 500, "G": 20, "tau": 0.1, "out": args["out"], "device": "cpu"}
 
