@@ -25,6 +25,7 @@ import m3po
 import play
 from evaluation import Group, evaluate
 from flags import OneLineParser, count, differences
+from logs import method_name
 
 # Okabe and Ito's colours and four of Tol's, which the colour-blind tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442",
@@ -129,9 +130,10 @@ def read_run(folder):
     return Run(folder, flags, columns)
 
 
-def variant(differs):
-    """The name of a run with these differences; "M3PO" if there are none."""
-    differs, names = dict(differs), []
+def variant(differs, method="m3po"):
+    """The name of a run with these differences; "M3PO" if there are none. A baseline's begins with
+    its method."""
+    differs, names = dict(differs), [] if method == "m3po" else [method_name(method)]
     if (differs.get("beta_nll"), differs.get("reward_weight")) == (0, 1):
         names.append("literal likelihood")
         del differs["beta_nll"], differs["reward_weight"]
@@ -156,7 +158,8 @@ def read_runs(folders, one_env=False):
         titles[env] = f"{env}\n{variant(shared)}" if shared else env
         groups[env] = {}
         for run, d in zip(runs, differs):
-            label = variant({name: value for name, value in d.items() if name not in shared})
+            label = variant({name: value for name, value in d.items() if name not in shared},
+                            run.flags.get("method", "m3po"))
             twins = groups[env].setdefault(label, [])
             for twin in twins:
                 if twin.flags["seed"] == run.flags["seed"]:

@@ -334,9 +334,11 @@ def video(film, path, start, end, every):
 
 
 def load(folder):
-    """m3po.load, with whatever is wrong said in one line."""
+    """m3po.load or a baseline's, with whatever is wrong said in one line."""
     try:
-        return m3po.load(folder)
+        method = checkpoint.read(Path(folder) / "agent.pt", "agent")["method"]
+        module = m3po if method == "m3po" else importlib.import_module(f"baselines.{method}")
+        return module.load(folder)
     except (checkpoint.CheckpointError, envs.EnvError) as error:
         raise PlayError(str(error)) from error
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
