@@ -1,0 +1,234 @@
+"""GHP-MDP: planning under a latent inferred by gradient steps (Perez et al., 2020, Algorithm 1).
+
+    python -m baselines.ghp_mdp --env point-fwd-bwd
+
+One model serves all tasks: p_b(r, o' | o, a, z), an ensemble of B Gaussian nets that are told the
+task by a latent z. Which task it is, the last L transitions must say. There is no encoder:
+
+    infer   q(z) = N(mu, sigma), from the prior N(0, I), by J gradient steps on the ELBO of the
+            window, theta frozen; again from the prior at every env step
+    plan    CEM over H actions in the ensemble, z ~ q(z) held over the horizon; take the first action
+    learn   once per epoch: infer z for each row of a minibatch just so, then move theta under it
+
+    last L transitions --J gradient steps--> q(z) --z--> CEM in p_b(r, o' | o, a, z) --> action
+
+    symbol      here                          shape
+    h           tokens, mask, obs             [L, n, D], [L, n], [n, O]; contract: rollouts.py
+    q(z)        LatentModel.infer             mu, sigma [n, Z]
+    p_b         LatentModel.predict           mean, log-variance [B, n, O + 1] of (r, o' - o)
+    plan        Planner.plan                  [n, H, A]
+
+Ours, as tasks switch unseen inside an episode: the original keeps one free latent per task instance
+and learns it along with theta. Here no instance is known, so a window of L steps stands for one.
+The KL to the prior stays in at acting time: what left the window is forgotten.
+"""
+
+import torch
+import torch.nn as nn
+
+from model import MetaModel, gaussian_nll
+
+
+class LatentModel(nn.Module):
+    """p_b(r, o' | o, a, z) for B members, and q(z) for windows of transitions.
+
+    To the ensemble z is more dimensions of the action. The members share z: their mean
+    log-likelihood is what q is fitted to.
+    """
+
+    def __init__(self, obs_dim, act_dim, members=3, widths=(200, 200), z_dim=5, J=10, rate=0.3,
+                 **kwargs):
+        """J, rate: Adam steps of `infer` and their size. A rate of 0.1 leaves q at the prior.
+        kwargs: of MetaModel (learning rate, beta-NLL, reward weight)."""
+        super().__init__()
+        self.obs_dim, self.act_dim, self.z_dim, self.J, self.rate = obs_dim, act_dim, z_dim, J, rate
+        self.ensemble = MetaModel(obs_dim, act_dim + z_dim, members, widths, token_dim=0, **kwargs)
+
+    def use_statistics(self, statistics):
+        """Standardise by D_env.statistics() from now on; z is standard normal as it is."""
+        n, z = self.obs_dim + self.act_dim, self.z_dim
+        for name, neutral in (("token_mean", 0.0), ("token_std", 1.0)):
+            value = statistics[name]
+            padded = torch.cat([value[:n], value.new_full((z,), neutral), value[n:]])
+            statistics = statistics | {name: padded}
+        self.ensemble.use_statistics(statistics)
+
+    def predict(self, obs, actions, z):
+        """Mean, log-variance [B, n, O + 1] of the standardised (r, o' - o), for raw obs [n, O],
+        actions [n, A] and z [n, Z], or with a leading axis of members."""
+        x = self.ensemble.standardise_step(obs, torch.cat([actions, z], -1))
+        return self.ensemble.predict(None, None, x)
+
+    def transitions(self, tokens, mask, obs):
+        """Tokens [T, n, D], mask [T, n] and the obs [n, O] after the last, as o [T, n, O],
+        a [T, n, A] and standardised targets y [T, n, O + 1]; 0 in masked slots."""
+        tokens = torch.where(mask[..., None], tokens, 0.0)
+        o, a, r = tokens.split([self.obs_dim, self.act_dim, 1], -1)
+        next_o = torch.cat([o, obs[None]])[1:]  # o' of a token is the o of the next
+        y = torch.cat([r, next_o - o], -1)
+        return o, a, (y - self.ensemble.target_mean) / self.ensemble.target_std
+
+    # ---- q(z) ---------------------------------------------------------------------------------
+
+    def elbo(self, o, a, y, mask, mu, log_sigma, noise):
+        """sum_t log p(r_t, o_{t+1} | o_t, a_t, z) - KL(q || N(0, I)) [n] with z = mu + sigma noise.
+
+        log p is the mean over the members, the reward weighing as much as all observations: as in
+        the loss, or q would describe the noise of O observations and leave the reward to chance.
+        """
+        T, n = mask.shape
+        z = (mu + log_sigma.exp() * noise).expand(T, n, -1)  # one z for the whole window
+        mean, logvar = self.predict(*(t.flatten(0, 1) for t in (o, a, z)))
+        weight = self.ensemble.weight * y.shape[-1]  # 1 on average
+        nll = (gaussian_nll(mean, logvar, y.flatten(0, 1)) * weight).sum(-1).mean(0)  # [T n]
+        kl = 0.5 * (mu**2 + torch.exp(2 * log_sigma) - 1) - log_sigma
+        return -torch.where(mask, nll.view(T, n), 0.0).sum(0) - kl.sum(-1)
+
+    def infer(self, tokens, mask, obs, generator=None):
+        """q(z) of windows: mu, sigma [n, Z], after J Adam steps from the prior up the ELBO. Adam
+        works per number, so no row knows of another. An empty window leaves the prior."""
+        n = len(obs)
+        mu, log_sigma = obs.new_zeros(2, n, self.z_dim).unbind()
+        if len(tokens) == 0:  # L = 0: the control, blind
+            return mu, log_sigma.exp()
+        with torch.inference_mode(False), torch.enable_grad():  # evaluation allows no gradient
+            mask = mask.clone()
+            o, a, y = self.transitions(tokens.clone(), mask, obs.clone())
+            mu, log_sigma = (o.new_zeros(n, self.z_dim, requires_grad=True) for _ in range(2))
+            adam = torch.optim.Adam([mu, log_sigma], lr=self.rate)
+            for _ in range(self.J):
+                noise = torch.randn(mu.shape, generator=generator, device=mu.device)
+                elbo = self.elbo(o, a, y, mask, mu, log_sigma, noise)
+                mu.grad, log_sigma.grad = torch.autograd.grad(-elbo.sum(), (mu, log_sigma))
+                adam.step()
+            return mu.detach(), log_sigma.detach().exp()
+
+    # ---- theta --------------------------------------------------------------------------------
+
+    def loss(self, batch, scored):
+        """beta-NLL of the transitions of a Batch under z ~ q(z | its window).
+
+        scored [L + 1, n]: which of its tokens count: window *and* row. Then theta climbs the very
+        sum that q has climbed. Scoring the row alone, theta never learns to explain a window by z,
+        and z stays noise to it: on the toy 32 to 48 of 100, where this reached 83 to 87.
+        """
+        mu, sigma = self.infer(batch.tokens[:-1], batch.mask[:-1], batch.split(self.obs_dim)[0])
+        z = (mu + sigma * torch.randn_like(mu)).expand(*scored.shape, -1)
+        o, a, y = self.transitions(batch.tokens, batch.mask, batch.next_obs)
+        o, a, z, y = (t[scored] for t in (o, a, z, y))  # [transitions, ...]
+        x = self.ensemble.standardise_step(o, torch.cat([a, z], -1))
+        return self.ensemble.loss(None, None, x, y)
+
+    def fit(self, D_env, steps, batch_size):
+        """theta <- `steps` Adam steps on minibatches of D_env; returns what `validate` found."""
+        self.use_statistics(D_env.statistics())
+        rows = D_env.rows(holdout=False)
+        rows = rows if len(rows) else D_env.rows(holdout=True)
+        for _ in range(steps):
+            picked = rows[torch.randint(len(rows), (batch_size,), device=rows.device)]
+            batch = D_env.batch(picked)
+            # A row held out stays so in the windows of the others.
+            held = D_env.holdout[(picked - D_env.lags) % D_env.capacity]
+            held[-1] = False  # the rows picked; they are held out only if all are
+            loss = self.loss(batch, batch.mask & ~held)
+            self.ensemble.optimizer.zero_grad()
+            loss.backward()
+            self.ensemble.optimizer.step()
+        if steps and not torch.isfinite(loss):
+            raise FloatingPointError(f"the model's loss is not finite at env step {D_env.total}")
+        return self.validate(D_env)
+
+    @torch.no_grad()
+    def validate(self, D_env, most=1_000):
+        """The fraction of the variance of reward and observation change that the ensemble's mean
+        explains at z = mu, on rows that theta never was fitted to (0 = blind)."""
+        rows = D_env.rows(holdout=True)
+        rows = rows if len(rows) else D_env.rows(holdout=False)
+        rows = rows[torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device).long()]
+        batch = D_env.batch(rows)
+        obs, actions, _ = batch.split(self.obs_dim)
+        mu, _ = self.infer(batch.tokens[:-1], batch.mask[:-1], obs)
+        y = self.transitions(batch.tokens[-1:], batch.mask[-1:], batch.next_obs)[2][0]
+        mean = self.predict(obs, actions, mu)[0].mean(0)
+        residual, variance = ((mean - y) ** 2).mean(0), y.var(0, correction=0)
+        varies = variance > 1e-8  # what never varies counts as not explained
+        explained = torch.where(varies, 1 - residual / variance.clamp(min=1e-8), 0.0)
+        obs_explained = explained[1:].sum() / varies[1:].sum().clamp(min=1)
+        return {"explained_reward": explained[0].item(), "explained_obs": obs_explained.item()}
+
+
+class Planner(nn.Module):
+    """Acts by CEM in a LatentModel, n episodes at a time.
+
+    It remembers one thing from step to step: the plan, from which the next search starts. An empty
+    window begins an episode, and with it a plan of zeros; so for L = 0 every search starts there.
+    """
+
+    def __init__(self, model, terminated_fn, H=15, candidates=200, elites=20, iterations=3,
+                 alpha=0.1, std=1.0):
+        """H: steps looked ahead. alpha: of mean and std that a CEM iteration keeps. std: that a
+        search starts with; smaller ones turn too slowly after a switch."""
+        super().__init__()
+        self.model, self.terminated_fn, self.act_dim = model, terminated_fn, model.act_dim
+        self.H, self.candidates, self.elites = H, candidates, elites
+        self.iterations, self.alpha, self.std = iterations, alpha, std
+        self.mean = torch.zeros(0, H, model.act_dim)  # [n, H, A], the plan
+        self.own_draws = torch.Generator()  # of evaluation, which must leave training's alone
+
+    def get_extra_state(self):
+        """The plan goes into checkpoints, so that a resumed episode goes on as planned."""
+        return self.mean
+
+    def set_extra_state(self, mean):
+        self.mean = mean
+
+    @torch.no_grad()
+    def act(self, tokens, mask, obs, deterministic=False):
+        """Actions [n, A] in [-1, 1] for windows [L, n, D], [L, n] and obs [n, O]: the first of the
+        plan. deterministic (evaluation): with random numbers that are the same in every call."""
+        new = ~mask.any(0)
+        if len(self.mean) != len(obs):
+            self.mean = obs.new_zeros(len(obs), self.H, self.act_dim)
+        mean = torch.where(new[:, None, None], 0.0, self.mean.to(obs.device))
+        generator = self.own_draws if deterministic else None
+        if deterministic and new.all():
+            self.own_draws.manual_seed(0)
+        mu, sigma = self.model.infer(tokens, mask, obs, generator)
+        members = len(self.model.ensemble.min_logvar)
+        noise = torch.randn(members, *mu.shape, generator=generator, device=mu.device)
+        mean = self.plan(mean, obs, mu + sigma * noise, generator)
+        self.mean = torch.cat([mean[:, 1:], torch.zeros_like(mean[:, :1])], 1)  # a step later
+        return mean[:, 0].clone()
+
+    def plan(self, mean, obs, z, generator=None):
+        """The plan [n, H, A] after CEM from `mean`: each iteration draws candidates from a Gaussian
+        and moves it to the best of them (PETS; theirs are truncated where these are clamped)."""
+        std = torch.full_like(mean, self.std)
+        for _ in range(self.iterations):
+            noise = torch.randn(len(mean), self.candidates, *mean.shape[1:], generator=generator,
+                                device=mean.device)
+            plans = (mean[:, None] + std[:, None] * noise).clamp(-1, 1)  # [n, N, H, A]
+            best = self.score(obs, z, plans).topk(self.elites, 1).indices
+            elites = plans.take_along_dim(best[..., None, None], 1)
+            mean = torch.lerp(elites.mean(1), mean, self.alpha)
+            std = torch.lerp(elites.std(1, correction=0), std, self.alpha)
+        return mean
+
+    def score(self, obs, z, plans):
+        """Predicted return [n, N] of plans [n, N, H, A] from obs [n, O]: the sum of H rewards,
+        averaged over particles, which are a member and its z [B, n, Z] each.
+
+        After a predicted termination nothing is earned or lost. What is not finite costs most.
+        """
+        (B, n, _), N = z.shape, plans.shape[1]
+        each = lambda t: t[..., None, :].expand(B, n, N, -1).flatten(1, 2)  # [B, n N, ...]
+        obs, z = each(obs), each(z)
+        total, alive = obs.new_zeros(B, n * N), obs.new_ones(B, n * N, dtype=torch.bool)
+        for actions in plans.flatten(0, 1).unbind(1):  # H times [n N, A]
+            mean, _ = self.model.predict(obs, actions.expand(B, -1, -1), z)
+            y = mean * self.model.ensemble.target_std + self.model.ensemble.target_mean
+            obs = obs + y[..., 1:]
+            reward = torch.where(torch.isfinite(y).all(-1), y[..., 0], -torch.inf)
+            total += torch.where(alive, reward, 0.0)
+            alive &= ~self.terminated_fn(obs)
+        return total.mean(0).view(n, N)
