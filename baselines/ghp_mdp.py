@@ -7,7 +7,7 @@ task by a latent z. Which task it is, the last L transitions must say. There is 
 
     infer   q(z) = N(mu, sigma), from the prior N(0, I), by J gradient steps on the ELBO of the
             window, theta frozen; again from the prior at every env step
-    plan    CEM over H actions in the ensemble, z ~ q(z) held over the horizon; take the first action
+    plan    CEM over H actions in the ensemble, z ~ q(z) held over the horizon; take the first one
     learn   once per epoch: infer z for each row of a minibatch just so, then move theta under it
 
     last L transitions --J gradient steps--> q(z) --z--> CEM in p_b(r, o' | o, a, z) --> action
@@ -23,10 +23,107 @@ and learns it along with theta. Here no instance is known, so a window of L step
 The KL to the prior stays in at acting time: what left the window is forgotten.
 """
 
+from contextlib import closing
+
 import torch
 import torch.nn as nn
 
+import checkpoint
+import envs
+import faults
+import m3po
+import speed
+from flags import count, positive
+from logs import Log, clock
 from model import MetaModel, gaussian_nll
+from rollouts import EnvBuffer
+
+# Flags of M3PO that mean the same here, and this file's own (flags.py).
+SAME = "B z_dim fit_every model_lr model_decay model_batch beta_nll reward_weight".split()
+DEFAULTS = dict(fit_every=1_000, fit_steps=300, model_batch=64, J=10, infer_rate=0.3, horizon=15,
+                candidates=200, elites=20)
+BY_ENV = {"point-fwd-bwd": dict(N=10, fit_every=200, fit_steps=200, horizon=5, eval_every=2)}
+LOGGED = ("model_loss",)  # mean over the gradient steps of a fit
+
+
+def add_flags(add):
+    add("--fit-steps", type=count, metavar="STEPS", help="gradient steps of theta per fit, each on"
+        " --model-batch windows")
+    add("--J", type=count, metavar="STEPS", help="gradient steps of q(z) per inference")
+    add("--infer-rate", type=positive, metavar="RATE", help="Adam step size of these")
+    add("--horizon", type=count, metavar="STEPS", help="planned ahead")
+    add("--candidates", type=count, metavar="PLANS", help="per CEM iteration and episode")
+    add("--elites", type=count, metavar="PLANS", help="of these that the next iteration goes by")
+
+
+def main(args, env, state=None):
+    """Algorithm 1, for tasks that switch unseen. Returns the number of the signal that stopped it,
+    or None."""
+    players = m3po.make_players(args, lambda: build(args, env, "cpu"))  # first, for it forks
+    speed.set_threads(args)
+    planner, D_env, progress = begin(args, env, state)
+    log = Log(args, env, progress)
+    save = lambda: checkpoint.save(args, progress, policy=planner, D_env=D_env)
+
+    with (closing(players), faults.StopSignals() as stop,
+          faults.saved_first(args, progress, planner, save), closing(log)):
+        obs = checkpoint.replay(env, progress, args.seed)
+        for epoch in range(progress.epoch + 1, args.N + 1):
+            while progress.step < epoch * args.E and not stop.received:
+                learning = progress.step >= args.warmup
+                if learning and (progress.step - args.warmup) % args.fit_every == 0:
+                    with clock(progress, "fit"):
+                        loss = planner.model.fit(D_env, args.fit_steps, args.model_batch)
+                        progress.fit = planner.model.validate(D_env)
+                        progress.note([loss])
+                with clock(progress, "rollouts"):  # of plans
+                    action = m3po.act(planner, D_env, obs, learning)
+                with clock(progress, "env"):
+                    obs = m3po.real_step(env, D_env, progress, args.seed, obs, action)
+                log.step()
+            faults.check_finite(progress, planner, args.E)
+            if progress.step == epoch * args.E:
+                log.finish_epoch(planner, players, {})
+            if stop.received or epoch % args.checkpoint_every == 0 or epoch == args.N:
+                save()
+            if stop.received:
+                return stop.received
+        log.end()
+
+
+def begin(args, env, state):
+    """Planner with its model, D_env and progress: new, or as the checkpoint has them."""
+    torch.manual_seed(args.seed)
+    planner = build(args, env, args.device)
+    capacity = min(args.N * args.E, args.env_capacity)
+    O, A = planner.model.obs_dim, planner.act_dim
+    D_env = EnvBuffer(capacity, O, A, args.L, args.device)
+    progress = m3po.Progress(torch.zeros(args.E, len(LOGGED), device=args.device), LOGGED)
+    if state is not None:
+        progress = m3po.Progress(**checkpoint.restore(state, policy=planner, D_env=D_env))
+        progress.losses = progress.losses.to(args.device)
+    return planner, D_env, progress
+
+
+def build(args, env, device):
+    """The planner with its model, untrained."""
+    O, A = env.observation_space.shape[0], env.action_space.shape[0]
+    model = LatentModel(O, A, args.B, (args.width,) * 2, args.z_dim, args.J, args.infer_rate,
+                        lr=args.model_lr, weight_decay=args.model_decay, beta_nll=args.beta_nll,
+                        reward_weight=args.reward_weight)
+    return Planner(model, envs.terminated_fn(env), args.horizon, args.candidates,
+                   args.elites).to(device)
+
+
+def load(folder, device="cpu"):
+    """The trained agent of a run folder, as m3po.load gives it: (policy, model, env, args)."""
+    agent, env, args = m3po.open_agent(folder, "ghp_mdp")
+    planner = build(args, env, device)
+    planner.load_state_dict(agent["policy"])
+    return planner, planner.model, env, args
+
+
+# ---- the method ---------------------------------------------------------------------------------
 
 
 class LatentModel(nn.Module):
@@ -120,10 +217,13 @@ class LatentModel(nn.Module):
         return self.ensemble.loss(None, None, x, y)
 
     def fit(self, D_env, steps, batch_size):
-        """theta <- `steps` Adam steps on minibatches of D_env; returns what `validate` found."""
+        """theta <- `steps` Adam steps on minibatches of D_env; returns the mean loss [1]."""
+        if len(D_env) == 0:
+            raise ValueError("D_env holds no rows to fit the model to")
         self.use_statistics(D_env.statistics())
         rows = D_env.rows(holdout=False)
         rows = rows if len(rows) else D_env.rows(holdout=True)
+        losses = []
         for _ in range(steps):
             picked = rows[torch.randint(len(rows), (batch_size,), device=rows.device)]
             batch = D_env.batch(picked)
@@ -134,9 +234,8 @@ class LatentModel(nn.Module):
             self.ensemble.optimizer.zero_grad()
             loss.backward()
             self.ensemble.optimizer.step()
-        if steps and not torch.isfinite(loss):
-            raise FloatingPointError(f"the model's loss is not finite at env step {D_env.total}")
-        return self.validate(D_env)
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()[None]
 
     @torch.no_grad()
     def validate(self, D_env, most=1_000):
@@ -144,8 +243,8 @@ class LatentModel(nn.Module):
         explains at z = mu, on rows that theta never was fitted to (0 = blind)."""
         rows = D_env.rows(holdout=True)
         rows = rows if len(rows) else D_env.rows(holdout=False)
-        rows = rows[torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device).long()]
-        batch = D_env.batch(rows)
+        spread = torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device)
+        batch = D_env.batch(rows[spread.long()])
         obs, actions, _ = batch.split(self.obs_dim)
         mu, _ = self.infer(batch.tokens[:-1], batch.mask[:-1], obs)
         y = self.transitions(batch.tokens[-1:], batch.mask[-1:], batch.next_obs)[2][0]
@@ -232,3 +331,7 @@ class Planner(nn.Module):
             total += torch.where(alive, reward, 0.0)
             alive &= ~self.terminated_fn(obs)
         return total.mean(0).view(n, N)
+
+
+if __name__ == "__main__":
+    faults.run("ghp_mdp", main, *m3po.parse_args(method="ghp_mdp"))

@@ -5,9 +5,13 @@ import math
 import pytest
 import torch
 
+import checkpoint
+import m3po
+from baselines import ghp_mdp
 from baselines.ghp_mdp import LatentModel, Planner
+from envs import never
 from rollouts import EnvBuffer
-from tests.conftest import constant_heads, never_terminates, random_batch
+from tests.conftest import assert_same_run, constant_heads, random_batch, read_rows
 
 
 class LinearModel(LatentModel):
@@ -96,8 +100,8 @@ def test_rows_are_inferred_independently_and_without_a_gradient_on_theta():
     assert (grad[[0, 1, 3, 4, 5]] == 0).all() and (grad[2] != 0).all()
     step = torch.zeros_like(mu)
     step[2, 3] = 1e-6
-    high, low = (model.elbo(o, a, y, window[1], mu + s * step, log_sigma, noise)[2] for s in (1, -1))
-    assert torch.isclose((high - low) / 2e-6, grad[2, 3], rtol=1e-5)
+    at = lambda mu: model.elbo(o, a, y, window[1], mu, log_sigma, noise)[2]
+    assert torch.isclose((at(mu + step) - at(mu - step)) / 2e-6, grad[2, 3], rtol=1e-5)
     model.infer(*window)
     assert all(p.grad is None for p in model.parameters())
 
@@ -119,8 +123,8 @@ def test_the_elbo_is_that_of_a_slow_loop():
             after = tokens[t + 1, i, :2] if t < 3 else obs[i]
             target = torch.cat([tokens[t, i, 3:], after - tokens[t, i, :2]])
             mean, logvar = model.predict(tokens[t, i, None, :2], tokens[t, i, None, 2:3], z[None])
-            log_p = torch.distributions.Normal(mean[:, 0], (logvar[:, 0] / 2).exp()).log_prob(target)
-            expected += (log_p * weight).sum(-1).mean(0)
+            p = torch.distributions.Normal(mean[:, 0], (logvar[:, 0] / 2).exp())
+            expected += (p.log_prob(target) * weight).sum(-1).mean(0)
         assert torch.isclose(got[i], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -168,16 +172,18 @@ def test_fit_standardises_by_the_statistics_of_d_env_and_leaves_z_as_it_is():
 
 
 def test_fit_learns_a_reward_that_only_the_window_explains():
-    torch.manual_seed(3)
     D_env = EnvBuffer(600, 1, 1, L=3)
     for t in range(600):
         action, slope = float(torch.rand(()) * 2 - 1), (-1, 1)[t // 30 % 2]
         D_env.add([0.0], [action], slope * action, [0.0], False, t % 100 == 99)
-    sighted = LatentModel(1, 1, widths=(32, 32), lr=3e-3)
-    assert sighted.fit(D_env, steps=250, batch_size=64)["explained_reward"] > 0.5
+    sighted = LatentModel(1, 1, widths=(32, 32), lr=1e-2)
+    sighted.fit(D_env, steps=250, batch_size=32)
+    assert sighted.validate(D_env)["explained_reward"] > 0.4
     D_env.lags, D_env.L = D_env.lags[-1:], 0  # the same rows without their windows
-    blind = LatentModel(1, 1, widths=(32, 32), lr=3e-3)
-    assert blind.fit(D_env, steps=250, batch_size=64)["explained_reward"] < 0.15
+    assert sighted.validate(D_env)["explained_reward"] < 0.15  # z is what carries the task
+    blind = LatentModel(1, 1, widths=(32, 32), lr=1e-2)
+    blind.fit(D_env, steps=250, batch_size=32)
+    assert blind.validate(D_env)["explained_reward"] < 0.15
 
 
 # ---- CEM ----------------------------------------------------------------------------------------
@@ -188,7 +194,7 @@ def zero_z(n, z_dim=2):
 
 
 def test_cem_finds_the_optimum_of_a_quadratic_for_each_episode_on_its_own():
-    planner = Planner(GoalModel(torch.tensor([0.3, -0.6])), never_terminates_any, H=4)
+    planner = Planner(GoalModel(torch.tensor([0.3, -0.6])), never, H=4)
     z = zero_z(3)
     z[:, 1] = 0.2  # another optimum in the second episode
     plan = planner.plan(torch.zeros(3, 4, 2), torch.zeros(3, 2), z)
@@ -196,10 +202,6 @@ def test_cem_finds_the_optimum_of_a_quadratic_for_each_episode_on_its_own():
         plan = planner.plan(plan, torch.zeros(3, 2), z)
     goal = torch.tensor([[0.3, -0.6], [0.5, -0.4], [0.3, -0.6]])[:, None]
     assert (plan - goal).abs().max() < 0.12
-
-
-def never_terminates_any(next_obs):
-    return torch.zeros(next_obs.shape[:-1], dtype=torch.bool)
 
 
 def test_cem_is_that_of_a_slow_loop():
@@ -238,7 +240,8 @@ def test_a_dead_branch_earns_nothing_and_its_last_reward_counts():
     model = LatentModel(1, 1, members=2, widths=(4,), z_dim=1)
     constant_heads(model.ensemble, [1.0, 1.0])  # r = 1, o' = o + 1, whatever is done
     planner = Planner(model, lambda obs: obs[..., 0] > 2.5, H=6)
-    score = planner.score(torch.tensor([[0.0], [2.0], [-9.0]]), zero_z(3, 1), torch.zeros(3, 4, 6, 1))
+    obs = torch.tensor([[0.0], [2.0], [-9.0]])
+    score = planner.score(obs, zero_z(3, 1), torch.zeros(3, 4, 6, 1))
     assert score[:, 0].tolist() == [3, 1, 6]
 
 
@@ -247,9 +250,10 @@ def test_what_is_not_finite_costs_most_unless_the_branch_is_dead(output):
     class Breaks(GoalModel):
         def predict(self, obs, actions, z):
             mean, logvar = super().predict(obs, actions, z)
-            return torch.where((actions > 0.5) & (torch.arange(2) == output), math.nan, mean), logvar
+            breaks = (actions > 0.5) & (torch.arange(2) == output)
+            return torch.where(breaks, math.nan, mean), logvar
 
-    planner = Planner(Breaks(0.9, 1), never_terminates_any, H=3)
+    planner = Planner(Breaks(0.9, 1), never, H=3)
     plans = torch.zeros(1, 4, 3, 1)
     plans[0, 1, 2], plans[0, 2] = 0.9, -1.0
     score = planner.score(torch.zeros(1, 1), zero_z(1, 1), plans)[0]
@@ -261,9 +265,10 @@ def test_what_is_not_finite_costs_most_unless_the_branch_is_dead(output):
 
 
 def test_the_plan_is_kept_shifted_by_a_step_and_begun_anew_where_the_window_is_empty():
-    planner, started = Planner(GoalModel(torch.tensor([0.3])), never_terminates_any, H=3), []
+    planner, started = Planner(GoalModel(torch.tensor([0.3])), never, H=3), []
     planner.model.infer = lambda tokens, mask, obs, generator: torch.zeros(2, len(obs), 2).unbind()
-    planner.plan = lambda mean, *_: (started.append(mean), mean + torch.tensor([[.1], [.2], [.3]]))[1]
+    better = torch.tensor([[0.1], [0.2], [0.3]])
+    planner.plan = lambda mean, *_: (started.append(mean), mean + better)[1]
     tokens, obs = torch.zeros(2, 2, 5), torch.zeros(2, 2)
     mask = torch.zeros(2, 2, dtype=torch.bool)
     first = planner.act(tokens, mask, obs)
@@ -275,10 +280,53 @@ def test_the_plan_is_kept_shifted_by_a_step_and_begun_anew_where_the_window_is_e
 
 
 def test_evaluation_plans_alike_whatever_was_drawn_before_and_draws_nothing_itself():
-    planner = Planner(LatentModel(1, 1, widths=(8,)), never_terminates_any, H=2, candidates=30)
+    planner = Planner(LatentModel(1, 1, widths=(8,)), never, H=2, candidates=30)
     tokens, mask, obs = slope_window(torch.ones(2), known=[0, 0])
     state = torch.get_rng_state()
     first = planner.act(tokens, mask, obs, deterministic=True)
     assert torch.equal(state, torch.get_rng_state())
     torch.randn(7)
     assert torch.equal(first, planner.act(tokens, mask, obs, deterministic=True))
+
+
+# ---- the run ------------------------------------------------------------------------------------
+
+TINY = ["--N", "2", "--E", "30", "--warmup", "30", "--fit-every", "30", "--fit-steps", "2", "--J",
+        "2", "--width", "8", "--horizon", "2", "--candidates", "10", "--elites", "3", "--model-batch",
+        "8", "--eval-episodes", "1", "--eval-every", "2"]
+
+
+def run(out, *flags):
+    flags = [str(flag) for flag in ("--out", out, *flags)]
+    flags = flags if "--resume" in flags else [*TINY, *flags]
+    assert ghp_mdp.main(*m3po.parse_args(flags, "ghp_mdp")) is None
+    return out
+
+
+def test_resuming_in_the_middle_of_an_episode_is_never_having_stopped(tmp_path):
+    a = run(tmp_path / "a", "--N", 3)
+    b = run(tmp_path / "b")
+    assert len(checkpoint.read(b / "checkpoint.pt", "run")["progress"]["actions"]) == 60
+    run(b, "--resume", b, "--N", 3)
+    assert_same_run(a, b)
+
+
+def test_a_tiny_run_trains_every_part_logs_it_and_can_be_loaded(tmp_path):
+    out = run(tmp_path / "a", "--N", 3, "--eval-every", 3)
+    rows = read_rows(out)
+    assert [row["global_step"] for row in rows] == ["30", "60", "90"]
+    assert all(math.isfinite(float(rows[-1][name])) for name in (
+        "model_loss", "model_explained_reward", "model_explained_obs", "eval_return_mean"))
+    planner, _, env, args = ghp_mdp.load(out)
+    torch.manual_seed(args.seed)
+    untrained = ghp_mdp.build(args, env, "cpu")
+    for name, weight in untrained.named_parameters():
+        assert not torch.equal(weight, dict(planner.named_parameters())[name]), name
+
+
+def test_evaluation_leaves_training_alone_and_a_blind_run_works(tmp_path):
+    states = [checkpoint.read(run(tmp_path / str(n), "--L", 0, "--eval-episodes", n)
+                              / "checkpoint.pt", "run") for n in (0, 1)]
+    assert torch.equal(states[0]["rng"], states[1]["rng"])
+    assert all(torch.equal(states[0]["policy"][name], weight)
+               for name, weight in states[1]["policy"].items())
