@@ -42,7 +42,8 @@ from rollouts import EnvBuffer
 SAME = "B z_dim fit_every model_lr model_decay model_batch beta_nll reward_weight".split()
 DEFAULTS = dict(fit_every=1_000, fit_steps=300, model_batch=64, J=10, infer_rate=0.3, horizon=15,
                 candidates=200, elites=20)
-BY_ENV = {"point-fwd-bwd": dict(N=10, fit_every=200, fit_steps=200, horizon=5, eval_every=2)}
+BY_ENV = {"point-fwd-bwd": dict(N=10, fit_every=200, fit_steps=200, model_lr=3e-3, horizon=5,
+                               eval_every=2)}
 LOGGED = ("model_loss",)  # mean over the gradient steps of a fit
 
 
