@@ -335,6 +335,14 @@ def test_a_tiny_run_trains_every_part_logs_it_and_can_be_loaded(tmp_path):
         assert not torch.equal(weight, dict(planner.named_parameters())[name]), name
 
 
+def test_more_elites_than_candidates_are_refused_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "a", "--elites", 11)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "--elites" in message and message.count("\n") == 1
+    assert not (tmp_path / "a").exists()
+
+
 def test_evaluation_leaves_training_alone_and_a_blind_run_works(tmp_path):
     states = [checkpoint.read(run(tmp_path / str(n), "--L", 0, "--eval-episodes", n)
                               / "checkpoint.pt", "run") for n in (0, 1)]
