@@ -25,6 +25,7 @@ training either: windows across a switch stay in, as nobody can see them.
 Axis letters: n episodes or windows, T time, N candidates, H horizon, O, A, D as in rollouts.py.
 """
 
+import time
 from contextlib import closing
 
 import torch
@@ -36,6 +37,7 @@ import envs
 import faults
 import m3po
 import speed
+from flags import count, fraction, in_range, natural, positive
 from logs import Log, clock
 from rollouts import EnvBuffer, take
 
@@ -50,7 +52,6 @@ BY_ENV = {"point-fwd-bwd": dict(fit_every=200, K=3, H=5, smoothing=1.0)}
 
 
 def add_flags(add):
-    from flags import count, fraction, in_range, natural, positive
     add("--fit-steps", type=natural, metavar="UPDATES", help="gradient steps on theta per fit")
     add("--windows", type=count, metavar="WINDOWS", help="of L + K steps, per gradient step")
     add("--K", type=count, metavar="STEPS", help="after the L past ones that theta' must predict")
@@ -81,8 +82,7 @@ class AdaptiveModel(nn.Module):
         sizes = [O + A, *widths, O + 1]
         uniform = lambda *shape, fan: nn.Parameter(torch.empty(shape).uniform_(-1, 1) / fan**0.5)
         self.theta = nn.ParameterList(  # w, b, w, b, ...
-            p for i, o in zip(sizes, sizes[1:]) for p in (uniform(1, i, o, fan=i),
-                                                          uniform(1, 1, o, fan=i)))
+            uniform(1, rows, o, fan=i) for i, o in zip(sizes, sizes[1:]) for rows in (i, 1))
         for name, n in (("token", O + A + 1), ("target", O + 1)):  # D_env.statistics()
             self.register_buffer(f"{name}_mean", torch.zeros(n))
             self.register_buffer(f"{name}_std", torch.ones(n))
@@ -226,8 +226,9 @@ class Mppi(nn.Module):
                 mean = obs.new_zeros(len(obs), self.H, self.act_dim)
             if deterministic and new.all():
                 self.own_draws.manual_seed(0)
-            noise = torch.randn(len(obs), self.candidates, self.H, self.act_dim, device=obs.device,
-                                generator=self.own_draws if deterministic else None)
+            shape = len(obs), self.candidates, self.H, self.act_dim
+            noise = (torch.randn(shape, generator=self.own_draws).to(obs.device) if deterministic
+                     else torch.randn(shape, device=obs.device))
             mean = self.plan(weights, torch.where(new[:, None, None], 0.0, mean), obs, noise)
             self.mean = torch.cat([mean[:, 1:], mean[:, -1:]], 1)  # a step later; PDDM's code
             return mean[:, 0].clone()
@@ -264,8 +265,10 @@ def main(args, env, state=None):
     """Returns the number of the signal that stopped it, or None."""
     players = m3po.make_players(args, lambda: build(args, env, "cpu"))  # first: it forks
     speed.set_threads(args)
+    cost = planning_cost(args, env)
     policy, D_env, progress = begin(args, env, state)
     log = Log(args, env, progress)
+    log.say(cost)
     save = lambda: checkpoint.save(args, progress, policy=policy, D_env=D_env)
 
     with (closing(players), faults.StopSignals() as stop,
@@ -314,6 +317,18 @@ def build(args, env, device):
                           args.reward_weight)
     return Mppi(model, envs.terminated_fn(env), args.H, args.candidates, args.sigma,
                 args.smoothing, args.kappa).to(device)
+
+
+def planning_cost(args, env):
+    """A line about how long planning takes, measured with an agent that is then thrown away."""
+    agent, seconds = build(args, env, args.device), []
+    for n in (1, 1, max(1, args.eval_episodes)):  # the first is slower
+        zeros = torch.zeros(max(args.L, 1), n, agent.model.token_mean.numel(), device=args.device)
+        start = time.perf_counter()
+        agent.act(zeros[:args.L], zeros[:args.L, :, 0] > 0, zeros[0, :, :agent.model.obs_dim]).cpu()
+        seconds.append(time.perf_counter() - start)
+    return (f"planning     {seconds[1] * 1e3:.0f} ms per env step; an evaluation up to "
+            f"{seconds[2] * envs.time_limit(env):,.0f} s on one core")
 
 
 def load(folder, device="cpu"):
