@@ -101,6 +101,16 @@ def gaussian_nll(mean, logvar, target):
     return 0.5 * (math.log(2 * math.pi) + logvar + (target - mean) ** 2 * torch.exp(-logvar))
 
 
+def explained(residual, y):
+    """The fractions of the variance of targets y [B, O + 1] that are explained, of the reward and
+    of the observation change, where residual [O + 1] is left as mean squared error."""
+    variance = y.var(0, correction=0)
+    fraction = 1 - residual / variance.clamp(min=1e-8)  # [O + 1]
+    varies = variance > 1e-8  # what never varies counts as not explained
+    obs = torch.where(varies[1:], fraction[1:], 0).sum() / varies[1:].sum().clamp(min=1)
+    return {"explained_reward": fraction[0] * varies[0], "explained_obs": obs}
+
+
 class MetaModel(nn.Module):
     """B bootstrap members predicting (r, o' - o) as diagonal Gaussians (paper Sec. 6).
 
@@ -292,8 +302,4 @@ class MetaModel(nn.Module):
         log_members = -gaussian_nll(mean, logvar, y).sum(-1)[self.elite]  # [E, B]
         nll = -(torch.logsumexp(log_members, 0) - math.log(self.elites)).mean()
         residual = ((mean[self.elite].mean(0) - y) ** 2).mean(0)
-        explained = 1 - residual / y.var(0, correction=0).clamp(min=1e-8)  # [O + 1]
-        varies = y.var(0, correction=0) > 1e-8  # what never varies counts as not explained
-        obs = torch.where(varies[1:], explained[1:], 0).sum() / varies[1:].sum().clamp(min=1)
-        return {"member_error": member_error, "nll": nll,
-                "explained_reward": explained[0] * varies[0], "explained_obs": obs}
+        return {"member_error": member_error, "nll": nll} | explained(residual, y)

@@ -39,6 +39,7 @@ import m3po
 import speed
 from flags import count, fraction, in_range, natural, positive
 from logs import Log, clock
+from model import explained
 from rollouts import EnvBuffer, take
 
 LOGGED = ("meta_loss", "unadapted_loss")  # of a fit: of the K steps, at theta' and at theta
@@ -177,16 +178,14 @@ class AdaptiveModel(nn.Module):
         rows = D_env.rows(holdout=True)
         rows = rows if len(rows) else D_env.kept()
         spread = torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device)
-        batch = D_env.batch(rows[spread.long()])
-        weights = self.adapt(batch.tokens[:-1], batch.mask[:-1], batch.split(self.obs_dim)[0])
-        x, y = self.pairs(batch.tokens[-1:], batch.next_obs[None])
-        with torch.no_grad():
-            residual = ((self(weights, x) - y) ** 2).mean((0, 1))
-        variance = y.var((0, 1), correction=0)
-        varies = variance > 1e-8  # what never varies counts as not explained
-        explained = torch.where(varies, 1 - residual / variance.clamp(min=1e-8), 0.0)
-        obs_explained = explained[1:].sum() / varies[1:].sum().clamp(min=1)
-        return {"explained_reward": explained[0].item(), "explained_obs": obs_explained.item()}
+        errors, targets = [], []
+        for part in rows[spread.long()].split(50):  # as every row takes a net of its own
+            batch = D_env.batch(part)
+            weights = self.adapt(batch.tokens[:-1], batch.mask[:-1], batch.split(self.obs_dim)[0])
+            x, y = self.pairs(batch.tokens[-1:], batch.next_obs[None])
+            errors.append((self(weights, x).detach() - y)[:, 0]), targets.append(y[:, 0])
+        fractions = explained((torch.cat(errors) ** 2).mean(0), torch.cat(targets))
+        return {name: value.item() for name, value in fractions.items()}
 
 
 # ---- the planner --------------------------------------------------------------------------------
@@ -332,11 +331,11 @@ def planning_cost(args, env):
 
 
 def load(folder, device="cpu"):
-    """The trained agent of a run folder: (policy, env, args)."""
+    """The trained agent of a run folder, as m3po.load returns it: (policy, model, env, args)."""
     agent, env, args = m3po.open_agent(folder, "l2a")
     policy = build(args, env, device)
     policy.load_state_dict(agent["policy"])
-    return policy, env, args
+    return policy, policy.model, env, args
 
 
 if __name__ == "__main__":

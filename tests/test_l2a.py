@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+import figures
 import m3po
+import play
 from baselines import l2a
 from baselines.l2a import AdaptiveModel, Mppi
 from envs import never
@@ -275,10 +277,11 @@ def test_a_tiny_run_learns_logs_and_loads(tmp_path, L):
     assert all(math.isfinite(float(row["meta_loss"])) for row in (first, last))
     if L == "0":
         assert last["meta_loss"] == last["unadapted_loss"]  # nothing to adapt to
-    policy, env, args = l2a.load(folder)
+    policy, _, env, args = play.load(folder)
     action = policy.act(torch.zeros(args.L, 1, 3), torch.zeros(args.L, 1, dtype=torch.bool),
                         torch.zeros(1, 1), deterministic=True)
     assert action.shape == (1, 1) and args.method == "l2a"
+    assert "L2A" in str(figures.read_runs([folder])[0]["point-fwd-bwd"].keys())
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
