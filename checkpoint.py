@@ -8,10 +8,10 @@ full disk leaves the old one or the new one, complete:
     agent.pt        what is needed to use the agent: flags, policy, model (a few MB)
 
 Both name the method, "m3po" or a baseline. They hold tensors and plain Python values alone and are
-read with weights_only=True: a foreign file runs no code. The env itself is not saved. Every episode
-starts from its own seed, so the interrupted one is replayed: the same seed, the same actions, at the
-simulator's speed. That needs nothing of the env but Gymnasium's promise that reset(seed) makes it
-deterministic.
+read with weights_only=True: a foreign file runs no code. The env itself is not saved. Every
+episode starts from its own seed, so the interrupted one is replayed: the same seed, the same
+actions, at the simulator's speed. That needs nothing of the env but Gymnasium's promise that
+reset(seed) makes it deterministic.
 """
 
 import csv

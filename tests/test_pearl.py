@@ -64,7 +64,8 @@ def test_the_product_taken_factor_by_factor_in_any_order_is_the_same():
 
 
 def test_an_empty_context_gives_the_prior_whatever_lies_in_its_slots(agent):
-    tokens, mask, obs = torch.full((3, 4, 4), torch.nan), torch.zeros(3, 4).bool(), torch.randn(4, 2)
+    tokens, mask = torch.full((3, 4, 4), torch.nan), torch.zeros(3, 4).bool()
+    obs = torch.randn(4, 2)
     for L in (3, 0):
         mean, variance = agent.infer(tokens[:L], mask[:L], obs)
         assert torch.equal(mean, torch.zeros(4, 3)) and torch.equal(variance, torch.ones(4, 3))
