@@ -35,7 +35,7 @@ import speed
 from flags import build_parser, count, positive
 from logs import Log, clock
 from m3po import Progress, act, make_players, open_agent, parse_args, real_step
-from model import MetaModel, gaussian_nll
+from model import MetaModel, explained, gaussian_nll
 from rollouts import EnvBuffer
 
 # Flags of M3PO that mean the same here, and this file's own (flags.py).
@@ -250,11 +250,8 @@ class LatentModel(nn.Module):
         mu, _ = self.infer(batch.tokens[:-1], batch.mask[:-1], obs)
         y = self.transitions(batch.tokens[-1:], batch.mask[-1:], batch.next_obs)[2][0]
         mean = self.predict(obs, actions, mu)[0].mean(0)
-        residual, variance = ((mean - y) ** 2).mean(0), y.var(0, correction=0)
-        varies = variance > 1e-8  # what never varies counts as not explained
-        explained = torch.where(varies, 1 - residual / variance.clamp(min=1e-8), 0.0)
-        obs_explained = explained[1:].sum() / varies[1:].sum().clamp(min=1)
-        return {"explained_reward": explained[0].item(), "explained_obs": obs_explained.item()}
+        fractions = explained(((mean - y) ** 2).mean(0), y)
+        return {name: fraction.item() for name, fraction in fractions.items()}
 
 
 class Planner(nn.Module):
