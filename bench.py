@@ -30,7 +30,7 @@ from evaluation import Group, evaluate
 from flags import OneLineParser, count
 from rollouts import EnvBuffer, ModelBuffer
 
-ROWS = 10_000  # real steps in D_env
+ROWS = 20_000  # real steps in D_env
 
 
 def medians(jobs, repeats, device):
@@ -156,27 +156,36 @@ def bench_nets(args, flags, env, device):
     show(f"sampling the {G} batches of an env step, L {L}", medians(jobs, args.repeats, device),
          "batch", G)
 
-    train, held = len(D_env.rows(holdout=False)), len(D_env.rows(holdout=True))
-    passes, batches = 5, train // flags.model_batch
-    one_step = products(model.net, flags.model_batch, L, "all")
-    rest = products(model.net, train % flags.model_batch, L, "all")  # the last, smaller minibatch
-    look = products(model.net, held, L)  # validation: at the start, after each pass, at the end,
-    back = products(model.net, min(train, model.max_holdout), L)  # and once on the training rows
+    bench_fits(args, flags, model, D_env)
 
-    def fit_floor():
-        for _ in range(passes):
-            for _ in range(batches):
-                multiply(one_step)
-            multiply(rest)
-        for _ in range(passes + 2):
+
+def bench_fits(args, flags, model, D_env):
+    """A fit as they come in a run, every --fit-every env steps; and with ten times the rows."""
+    O, A, new = model.obs_dim, model.act_dim, flags.fit_every
+    larger = EnvBuffer(10 * len(D_env), O, A, flags.L, D_env.device)
+    state = {name: value.repeat(10, *[1] * (value.dim() - 1)) if torch.is_tensor(value) else value
+             for name, value in D_env.state_dict().items()}
+    larger.load_state_dict(state | {"total": 10 * len(D_env)})
+    steps = round(flags.model_updates * new)
+    step = products(model.net, flags.model_batch, flags.L, "all")
+    looks = [products(model.net, rows, flags.L) for rows in (
+        new, len(D_env.rows(holdout=True)), model.max_rows)]  # fresh, held out, trained on
+
+    def floor():
+        for _ in range(steps):
+            multiply(step)
+        for look in looks:
             multiply(look)
-        multiply(back)
 
-    model.max_passes, model.patience = passes, passes + 1
-    jobs = {"floor: its matrix products": fit_floor, "eager": lambda: model.fit(D_env)}
-    show(f"model fit, {len(model.min_logvar)} members, validation included",
-         medians(jobs, max(3, args.repeats // 4), device), "member row",
-         passes * train * len(model.min_logvar))
+    def fit(D_env):
+        model.seen.fill_(D_env.total - new)
+        model.fit(D_env)
+
+    jobs = {"floor: its matrix products": floor,
+            f"of {len(D_env):,} rows in D_env": lambda: fit(D_env),
+            f"of {len(larger):,} rows in D_env": lambda: fit(larger)}
+    show(f"model fit, {len(model.min_logvar)} members, measuring included",
+         medians(jobs, max(3, args.repeats // 4), D_env.device), "gradient step", steps)
 
 
 # ---- the simulator ------------------------------------------------------------------------------

@@ -1,4 +1,11 @@
-"""Where theory and run meet: the measured stand-ins for eps_m and eps_pi (App. A.6).
+"""What a run is worth knowing of: honest readings of model and Q, and where theory and run meet.
+
+On whole fresh episodes of the sampled policy, which neither model nor Q ever saw:
+
+    fresh episodes    what the model explains there, what one that sees no history explains, and
+                      mean Q beside the soft return that followed the same states and actions
+
+The measured stand-ins for eps_m and eps_pi (App. A.6):
 
     model error     NLL and root mean squared error by rollout depth, on held-out real segments
     eps_m           sqrt(KL / 2), KL ~ the model's NLL on held-out rows minus that on its own rows
@@ -20,13 +27,83 @@ import math
 import torch
 
 import bounds
-from model import gaussian_nll
+import envs
+from model import MetaModel, explained, gaussian_nll
 from policy import MetaPolicy
-from rollouts import slide
+from rollouts import EnvBuffer, slide
 
 DEPTHS = 5
-FIELDS = [f"{what}_depth_{d}" for what in ("nll", "rmse_reward", "rmse_obs")
+EPISODES = 10
+FIELDS = ["episodes_q", "episodes_soft_return",
+          *(f"{whose}_{what}" for whose in ("episodes", "blind")
+            for what in ("nll", "explained_reward", "explained_obs"))] + [f"{what}_depth_{d}" for what in ("nll", "rmse_reward", "rmse_obs")
           for d in range(1, DEPTHS + 1)] + ["kl_pi", "eps_m", "eps_pi", "gap_full", "gap_branched"]
+
+
+@torch.no_grad()
+def fresh_episodes(policy, env, env_seeds, L, device):
+    """An EnvBuffer of whole episodes, one per seed, in which the policy's actions are sampled. An
+    episode that the simulator fails in ends there, as if cut."""
+    O = policy.obs_dim
+    episodes = EnvBuffer(len(env_seeds) * envs.time_limit(env), O, policy.act_dim, L, device)
+    for seed in env_seeds:
+        obs, over = env.reset(seed=seed)[0], False
+        while not over:
+            obs_t = torch.as_tensor(obs, device=device)[None]
+            action = policy.act(*episodes.live_window(), obs_t)[0].cpu().numpy()
+            next_obs, reward, terminated, truncated, info = env.step(action)
+            over = terminated or truncated
+            if "fault" not in info:
+                episodes.add(obs, action, reward, next_obs, terminated, over)
+            obs = next_obs
+        episodes.end_episode()
+    return episodes
+
+
+@torch.no_grad()
+def q_and_soft_return(policy, episodes):
+    """Mean min_i Q_i(a_t, h_t) over the first half of whole episodes, and the mean of what it
+    predicts: r_t + gamma (r_{t+1} - alpha log pi(a_{t+1} | h_{t+1}) + gamma (...)).
+
+    Past an episode's time limit Q itself speaks, which has little weight then: at most
+    gamma^(T / 2). log pi is that of another action drawn from the same pi.
+    """
+    batch = episodes.batch(episodes.kept())
+    obs, actions, rewards = batch.split(policy.obs_dim)
+    history, alpha = (batch.tokens[:-1], batch.mask[:-1], obs), policy.log_alpha.exp()
+    q = policy.q_values(policy.qf, *history, actions).amin(0)
+    entropy = -policy.sample(*history, torch.randn_like(actions))[1]
+    after = batch.tokens[1:], batch.mask[1:], batch.next_obs
+    next_actions, next_logp = policy.sample(*after, torch.randn_like(actions))
+    v = policy.q_values(policy.qf, *after, next_actions).amin(0) - alpha * next_logp
+    v, rewards, bonus = (v * (1 - batch.terminated)).tolist(), rewards.tolist(), alpha * entropy
+    age, soft = episodes.age[:len(episodes)].tolist(), [0.0] * len(q)
+    first_half, length = [False] * len(q), 0
+    for i in reversed(range(len(q))):
+        last = i + 1 == len(q) or age[i + 1] == 0
+        length = age[i] + 1 if last else length
+        soft[i] = rewards[i] + policy.gamma * (v[i] if last else soft[i + 1] + bonus[i + 1].item())
+        first_half[i] = 2 * age[i] < length
+    first_half = torch.tensor(first_half, device=q.device)
+    return q[first_half].mean().item(), torch.tensor(soft)[first_half.cpu()].mean().item()
+
+
+def blind_model(model, D_env, steps=2_000):
+    """A member like the model's that sees no history, fitted to the same rows: what it explains too
+    tells nothing of a hidden task."""
+    blind = MetaModel(model.obs_dim, model.act_dim, 1, [w.shape[1] for w in model.net.w[1:]],
+                      token_dim=0, layer_norm=model.net.layer_norm, beta_nll=model.beta_nll,
+                      weight_decay=model.optimizer.param_groups[0]["weight_decay"],
+                      steps_per_row=steps / D_env.total).to(D_env.device)
+    blind.weight.copy_(model.weight)
+    blind.fit(D_env)
+    return blind
+
+
+def on_episodes(model, episodes):
+    """NLL and explained shares of variance on all rows of whole episodes."""
+    _, nll, residual, y = model.score(episodes, episodes.kept())
+    return {"nll": nll} | explained(residual, y)
 
 
 @torch.no_grad()
@@ -72,10 +149,10 @@ def policy_divergence(policy, D_env, widths, seed, steps=500, batch_size=256):
     D_env's actions by maximum likelihood (Fig. 12). The tanh leaves the KL as it is."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        clone = MetaPolicy(policy.obs_dim, policy.act_dim, policy.actor.token_dim, widths,
-                           policy.actor.z_dim or 5, lr=1e-3,
-                           newest=policy.actor.newest).to(D_env.device)
-        clone.use_statistics(policy.state_dict())  # which holds them
+        clone = MetaPolicy(policy.obs_dim, policy.act_dim, policy.token_dim, widths,
+                           policy.actor.z_dim or 5, lr=1e-3, newest=policy.actor.newest,
+                           changes=policy.changes).to(D_env.device)
+        clone.use_statistics(dict(policy.named_buffers()))
         for _ in range(steps):
             loss = -clone.log_prob(D_env.sample(batch_size)).mean()
             clone.actor_optimizer.zero_grad()
@@ -90,11 +167,21 @@ def policy_divergence(policy, D_env, widths, seed, steps=500, batch_size=256):
             return kl.sum(-1).mean().item()
 
 
-def measure(policy, model, D_env, fit, args, seed):
-    """Everything above as one dict of numbers for progress.csv. fit: what the
-    last fit found; empty if the model is not (or no longer) fitted."""
-    metrics = error_by_depth(model, D_env) if fit else {}
-    kl = policy_divergence(policy, D_env, (args.width,) * 2, seed)
+def measure(policy, model, D_env, fit, args, env, epoch):
+    """Everything above as one dict of numbers for progress.csv. fit: what the last fit found; empty
+    if the model is not (or no longer) fitted. env: one of its own, for fresh episodes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(epoch)
+        episodes = fresh_episodes(policy, env, envs.seeds(args.seed, 3, epoch, EPISODES), args.L,
+                                  D_env.device)
+        q, soft = q_and_soft_return(policy, episodes)
+        metrics = {"episodes_q": q, "episodes_soft_return": soft}
+        for whose, how in (("episodes", model), ("blind", fit and blind_model(model, D_env))):
+            if fit:
+                metrics |= {f"{whose}_{name}": value.item()
+                            for name, value in on_episodes(how, episodes).items()}
+    metrics |= error_by_depth(model, D_env) if fit else {}
+    kl = policy_divergence(policy, D_env, (args.width,) * 2, epoch)
     pinsker = lambda divergence: min(1.0, math.sqrt(max(divergence, 0.0) / 2))
     metrics |= {"kl_pi": kl, "eps_pi": pinsker(kl)}
     if fit:

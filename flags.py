@@ -29,7 +29,7 @@ DEFAULTS = dict(
     # both
     newest_token=False,
     # meta-model
-    fit_every=250, model_lr=1e-3, model_decay=1e-3, model_batch=256, max_passes=200, beta_nll=0.5,
+    fit_every=250, model_lr=1e-3, model_decay=1e-3, model_batch=256, model_updates=1.0, beta_nll=0.5,
     reward_weight=None, model_layer_norm=False, token_changes=False, retain=100,
     env_capacity=1_000_000,
     # meta-policy
@@ -208,8 +208,8 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
     add("--model-lr", type=positive, metavar="RATE", help="Adam step size")
     add("--model-decay", type=in_range(float, 0), metavar="RATE", help="L2 weight decay")
     add("--model-batch", type=count, metavar="ROWS", help="per gradient step")
-    add("--max-passes", type=count, metavar="PASSES",
-        help="over D_env at most per fit, where the hold-out error has not stopped it")
+    add("--model-updates", type=positive, metavar="UPDATES",
+        help="gradient steps on the meta-model per env step since the last fit")
     add("--beta-nll", type=fraction, metavar="POWER",
         help="each term of the likelihood is weighed by its own variance to this power; 0 is the"
         " paper's, which hardly learns the reward")
@@ -218,7 +218,7 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
     add("--model-layer-norm", action=argparse.BooleanOptionalAction,
         help="normalise the model's hidden layers")
     add("--token-changes", action=argparse.BooleanOptionalAction,
-        help="the model's tokens also hold o_{i+1} - o_i")
+        help="each token also holds what it brought about, o_{i+1} - o_i; not in the paper")
     add("--retain", type=count, metavar="STEPS",
         help="env steps whose rollouts D_model keeps; the lineage MBPO: E")
     add("--env-capacity", type=count, metavar="STEPS", help="most env steps kept in D_env")

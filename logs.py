@@ -33,7 +33,8 @@ from flags import differences
 FIELDS = [*"""epoch global_step eval_return_mean eval_return_std eval_length_mean
 eval_discounted_return eval_reward_after_switch eval_reward_otherwise eval_right_way eval_faults
 train_return_mean q_loss actor_loss q_mean td_error entropy alpha beta model_nll model_nll_train
-model_explained_reward model_explained_obs model_passes imagined terminated_share nonfinite_share
+model_explained_reward model_explained_obs model_fresh_nll model_fresh_explained_reward
+model_fresh_explained_obs model_fits model_gradient_steps imagined terminated_share nonfinite_share
 dropped_transitions""".split(), *diagnostics.FIELDS,
           *(f"seconds_{part}" for part in "env fit rollouts updates eval diagnose".split())]
 LEGEND = ("legend       alpha: weight of the policy's entropy; explained: fraction of the held-out "
@@ -146,7 +147,7 @@ class Log:
         row = row | dict(zip(logged, mean.tolist())) | {
             "train_return_mean": float(np.mean(returns)) if returns else math.nan,
             "dropped_transitions": progress.dropped}
-        row |= {f"model_{name}": value for name, value in progress.fit.items()}
+        row |= {f"model_{name}": value for name, value in found(progress).items()}
         row |= {f"seconds_{part}": seconds for part, seconds in progress.seconds.items()}
         own = [name for name in logged if name not in FIELDS]
         append_csv(self.out / "progress.csv", FIELDS + own, [row])
@@ -174,6 +175,16 @@ class Log:
 
     def close(self):
         self.bar.close()
+
+
+def found(progress):
+    """What the last fit found; of what was fresh the mean of this epoch's fits, of their number
+    and gradient steps the sum."""
+    fits = progress.fits
+    fresh = {name: float(np.mean([fit[name] for fit in fits if name in fit]))
+             for name in progress.fit if name.startswith("fresh")}
+    work = {"fits": len(fits), "gradient_steps": sum(fit["gradient_steps"] for fit in fits)}
+    return progress.fit | fresh | (work if fits else {})
 
 
 def epoch_line(row, progress):

@@ -66,7 +66,7 @@ def main(args, env, state=None):
                 if learning and (progress.step - args.warmup) % args.fit_every == 0:
                     with clock(progress, "fit"):  # more often than the paper: docs/DEVIATIONS.md
                         policy.use_statistics(D_env.statistics())
-                        progress.fit = model.fit(D_env) if beta > 0 else {}  # line 3
+                        progress.note_fit(model.fit(D_env) if beta > 0 else {})  # line 3
                 with clock(progress, "env"):
                     action = act(policy, D_env, obs, learning)
                     obs = real_step(env, D_env, progress, args.seed, obs, action)  # line 5
@@ -108,6 +108,7 @@ class Progress:
     faults: dict = field(default_factory=dict)  # {reason: how many of them in this epoch}
     updated: int = 0  # env steps of this epoch that had updates
     fit: dict = field(default_factory=dict)  # what the last fit found; empty without a model
+    fits: list = field(default_factory=list)  # what each fit of this epoch found
     seconds: dict = field(default_factory=dict)  # of this epoch, by part
     last: list = field(default_factory=lambda: [float("nan"), 0])  # evaluation: mean return, step
     best: list = field(default_factory=lambda: [float("-inf"), 0])
@@ -117,10 +118,15 @@ class Progress:
         self.losses[(self.step - 1) % len(self.losses)] = torch.stack(losses).mean(0)
         self.updated += 1
 
+    def note_fit(self, found):
+        """found: {name: number} of a fit, {} where there is no model."""
+        self.fit = found
+        self.fits += [found] if found else []
+
     def next_epoch(self):
         self.losses.zero_()
         self.epoch, self.updated = self.epoch + 1, 0
-        self.train_returns, self.faults, self.seconds = [], {}, {}
+        self.train_returns, self.faults, self.fits, self.seconds = [], {}, [], {}
 
 
 def begin(args, env, state):
@@ -149,7 +155,7 @@ def build(args, env, device):
     widths = (args.width,) * 2
     policy = MetaPolicy(O, A, token_dim, widths, args.z_dim, args.gamma, args.tau, args.lr,
                         args.alpha, args.target_entropy, args.layer_norm,
-                        args.newest_token).to(device)
+                        args.newest_token, args.token_changes).to(device)
     shape = dict(members=args.B, widths=widths, z_dim=args.z_dim, token_dim=token_dim,
                  layer_norm=args.model_layer_norm, newest=args.newest_token,
                  changes=args.token_changes)
@@ -157,7 +163,7 @@ def build(args, env, device):
         shape = dict(members=7, elites=5, widths=(200,) * 4, token_dim=0)
     model = MetaModel(O, A, **shape, lr=args.model_lr, weight_decay=args.model_decay,
                       batch_size=args.model_batch, beta_nll=args.beta_nll,
-                      reward_weight=args.reward_weight, max_passes=args.max_passes).to(device)
+                      reward_weight=args.reward_weight, steps_per_row=args.model_updates).to(device)
     return policy, model
 
 
@@ -222,7 +228,9 @@ def measure(args, progress, beta, policy, model, D_env, D_model):
                "nonfinite_share": nonfinite / max(imagined, 1)}
     if args.diagnose_every and epoch % args.diagnose_every == 0 and len(D_env):
         with clock(progress, "diagnose"):
-            columns |= diagnostics.measure(policy, model, D_env, progress.fit, args, epoch)
+            env = make_env(args)
+            columns |= diagnostics.measure(policy, model, D_env, progress.fit, args, env, epoch)
+            env.close()
     return columns
 
 

@@ -101,6 +101,30 @@ def gaussian_nll(mean, logvar, target):
     return 0.5 * (math.log(2 * math.pi) + logvar + (target - mean) ** 2 * torch.exp(-logvar))
 
 
+def scale_tokens(tokens, obs, statistics, changes):
+    """A window's tokens [L, B, D] as the nets read them, standardised and clipped at 10; obs [B, O]
+    is what follows them. statistics: a module that holds D_env.statistics().
+
+    changes: each token also holds what it brought about, o_{i+1} - o_i. h holds that anyway, but
+    in two tokens, of which a GRU would have to remember one to see it.
+    """
+    scaled = (tokens - statistics.token_mean).div_(statistics.token_std).clamp_(-10, 10)
+    if not changes:
+        return scaled
+    O = obs.shape[-1]
+    change = torch.cat([tokens[1:, :, :O], obs[None]]) - tokens[..., :O]  # [L, B, O]
+    mean, std = statistics.target_mean[1:], statistics.target_std[1:]
+    change = (change - mean).div_(std).clamp_(-10, 10)
+    return torch.cat([change, scaled], -1)  # in front: token_dim may hide the reward at the end
+
+
+def add_statistics(module, obs_dim, act_dim):
+    """Buffers for D_env.statistics(): of a token (o, a, r) and of (r, o' - o)."""
+    for name, n in (("token", obs_dim + act_dim + 1), ("target", obs_dim + 1)):
+        module.register_buffer(f"{name}_mean", torch.zeros(n))
+        module.register_buffer(f"{name}_std", torch.ones(n))
+
+
 def explained(residual, y):
     """The fractions of the variance of targets y [B, O + 1] that are explained, of the reward and
     of the observation change, where residual [O + 1] is left as mean squared error."""
@@ -121,9 +145,8 @@ class MetaModel(nn.Module):
     def __init__(self, obs_dim, act_dim, members=3, widths=(400, 400), z_dim=5, token_dim=None,
                  layer_norm=False, newest=False, changes=False, elites=None, lr=1e-3,
                  weight_decay=0.0, batch_size=256, beta_nll=0.5, reward_weight=None,
-                 patience=5, least_steps=20, max_passes=200, max_holdout=5_000):
-        """changes: each token also holds what it brought about, o_{i+1} - o_i. h holds that
-        anyway, but in two tokens, of which the GRU must remember one."""
+                 steps_per_row=1.0, max_rows=5_000):
+        """changes: see scale_tokens. max_rows: as many rows at most are looked at to measure."""
         super().__init__()
         O, A = obs_dim, act_dim
         self.obs_dim, self.act_dim = O, A
@@ -136,30 +159,22 @@ class MetaModel(nn.Module):
         # What is sampled from: all members, or the best few of them.
         self.elites = elites or members
         self.register_buffer("elite", torch.arange(self.elites))
-        for name, n in (("token", O + A + 1), ("target", O + 1)):  # D_env.statistics()
-            self.register_buffer(f"{name}_mean", torch.zeros(n))
-            self.register_buffer(f"{name}_std", torch.ones(n))
+        add_statistics(self, O, A)
+        self.register_buffer("seen", torch.tensor(0))  # rows ever written when it was last fitted
         # beta-NLL 0.5 and a reward that weighs as much as all O observations (docs/DEVIATIONS.md);
         # beta 0 and weight 1 are the paper's literal likelihood, which does not find the task.
         self.beta_nll = beta_nll
         weight = torch.ones(O + 1)
         weight[0] = O if reward_weight is None else reward_weight
         self.register_buffer("weight", weight / weight.sum())
-        self.batch_size, self.patience, self.least_steps = batch_size, patience, least_steps
-        self.max_passes, self.max_holdout = max_passes, max_holdout
+        self.batch_size, self.steps_per_row, self.max_rows = batch_size, steps_per_row, max_rows
         decayed = {"params": self.net.parameters(), "weight_decay": weight_decay}
         self.optimizer = torch.optim.Adam([decayed, {"params": [self.max_logvar, self.min_logvar]}],
                                           lr=lr, fused=True)
 
     def standardise(self, tokens, obs):
         """The window's tokens [L, B, D] as the net reads them; obs [B, O] is what follows them."""
-        scaled = (tokens - self.token_mean).div_(self.token_std).clamp_(-10, 10)
-        if not self.changes:
-            return scaled
-        O = self.obs_dim
-        change = torch.cat([tokens[1:, :, :O], obs[None]]) - tokens[..., :O]  # [L, B, O]
-        change = (change - self.target_mean[1:]).div_(self.target_std[1:]).clamp_(-10, 10)
-        return torch.cat([change, scaled], -1)  # in front: token_dim may hide the reward at the end
+        return scale_tokens(tokens, obs, self, self.changes)
 
     def standardise_step(self, obs, actions):
         """x = (o, a) [B, O + A], scaled as in the tokens."""
@@ -232,69 +247,52 @@ class MetaModel(nn.Module):
     def fit(self, D_env):
         """theta <- argmax of the (beta-weighted) likelihood of D_env (Algorithm 2, line 3).
 
-        Each member trains on its own bootstrap resample, drawn once per fit, until none improved
-        its hold-out error by more than 1 % for `patience` passes; each returns to its best weights.
-        What it standardises by are D_env's statistics of now.
+        It goes on from the weights it has: steps_per_row gradient steps for each row that is new
+        since the last fit, on minibatches that each member draws for itself. So the work per env
+        step is the same in the whole run, and no fit is thrown away. Returns what it found, also
+        how well the new rows were predicted before they were learned (`fresh`).
         """
         if len(D_env) == 0:
             raise ValueError("D_env holds no rows to fit the meta-model to")
+        found = self.fresh(D_env)
         self.use_statistics(D_env.statistics())
+        new = D_env.total - self.seen.item()
+        steps = max(1, round(self.steps_per_row * new))
+        for rows in self.minibatches(D_env, new, steps):  # [E, b]
+            tokens, mask, x, y = self.standardised(D_env.batch(rows.flatten()))
+            by_member = lambda t: t.unflatten(-2, rows.shape)
+            loss = self.loss(by_member(tokens).transpose(0, 1),  # [E, L, b, D]
+                             mask.unflatten(-1, rows.shape).transpose(0, 1),
+                             by_member(x), by_member(y))
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+        self.seen.fill_(D_env.total)
+        metrics = self.validate(D_env)
+        if not torch.isfinite(metrics["member_error"]).all():
+            raise FloatingPointError("the meta-model's loss is not finite at env step "
+                                     f"{D_env.total}")
+        self.elite.copy_(torch.argsort(metrics["member_error"])[:self.elites])
+        metrics["nll_train"] = self.validate(D_env, holdout=False)["nll"]
+        names = ("nll", "nll_train", "explained_reward", "explained_obs")
+        return found | {"gradient_steps": steps} | {name: metrics[name].item() for name in names}
+
+    def minibatches(self, D_env, new, steps):
+        """So many minibatches of absolute rows [E, b] that are not held out, drawn uniformly from
+        all that are kept."""
         train, E = D_env.rows(holdout=False), len(self.min_logvar)
         if len(train) == 0:  # a handful of rows, all drawn into the hold-out
             train = D_env.rows(holdout=True)
-        resample = train[torch.randint(len(train), (E, len(train)), device=train.device)]
-        best_error = self.validate(D_env)["member_error"]
-        best = [p.detach().clone() for p in self.parameters()]
-        passes = waited = 0
-        while waited < self.patience and passes < self.max_passes:
-            for rows in self.one_pass(resample):  # [E, b]
-                tokens, mask, x, y = self.standardised(D_env.batch(rows.flatten()))
-                by_member = lambda t: t.unflatten(-2, rows.shape)
-                loss = self.loss(by_member(tokens).transpose(0, 1),  # [E, L, b, D]
-                                 mask.unflatten(-1, rows.shape).transpose(0, 1),
-                                 by_member(x), by_member(y))
-                self.optimizer.zero_grad()
-                loss.backward()
-                self.optimizer.step()
-            passes += 1
-            error = self.validate(D_env)["member_error"]
-            if not torch.isfinite(error).all():
-                raise FloatingPointError("the meta-model's loss is not finite at env step "
-                                         f"{D_env.total}")
-            better = error < 0.99 * best_error  # [E]
-            best_error = torch.where(better, error, best_error)
-            for b, p in zip(best, self.parameters()):
-                b.copy_(torch.where(better.view(-1, *[1] * (p.dim() - 1)), p.detach(), b))
-            waited = 0 if better.any() else waited + 1
-        with torch.no_grad():
-            for b, p in zip(best, self.parameters()):
-                p.copy_(b)
-        self.elite.copy_(torch.argsort(best_error)[:self.elites])
-        metrics = self.validate(D_env)
-        metrics["nll_train"] = self.validate(D_env, holdout=False)["nll"]
-        names = ("nll", "nll_train", "explained_reward", "explained_obs")
-        return {"passes": passes} | {name: metrics[name].item() for name in names}
-
-    def one_pass(self, resample):
-        """Minibatches [E, b] of each member's resample [E, n], shuffled. While data is scarce a
-        pass would be a step or two, and five passes of patience over before learning began: then
-        the resample is gone through again, up to `least_steps` minibatches."""
-        again = math.ceil(self.least_steps / math.ceil(resample.shape[1] / self.batch_size))
-        shuffles = [torch.argsort(torch.rand(resample.shape, device=resample.device), 1)
-                    for _ in range(again)]
-        for shuffle in shuffles:
-            yield from resample.gather(1, shuffle).split(self.batch_size, 1)
+        for _ in range(steps):
+            yield train[torch.randint(len(train), (E, self.batch_size), device=train.device)]
 
     @torch.no_grad()
-    def validate(self, D_env, holdout=True):
-        """On rows never trained on (or on the others): each member's weighted squared error, the
-        ensemble's NLL per transition (nats, in standardised units; Fig. 11), and the share
-        of the variance of reward and observation change that its mean explains (0 = blind)."""
-        rows = D_env.rows(holdout)
-        if len(rows) == 0:
-            rows = D_env.rows(not holdout)
-        if len(rows) > self.max_holdout:  # evenly over the run, the same rows at every pass
-            spread = torch.linspace(0, len(rows) - 1, self.max_holdout, device=rows.device)
+    def score(self, D_env, rows):
+        """On absolute rows [B], or max_rows of them spread evenly: each member's weighted squared
+        error [E], the ensemble's NLL per transition (nats, in standardised units; Fig. 11), its
+        mean's squared error per output [O + 1], and the targets y [B, O + 1]."""
+        if len(rows) > self.max_rows:
+            spread = torch.linspace(0, len(rows) - 1, self.max_rows, device=rows.device)
             rows = rows[spread.long()]
         tokens, mask, x, y = self.standardised(D_env.batch(rows))
         mean, logvar = self.predict(tokens, mask, x)  # [E, B, O + 1]
@@ -302,4 +300,25 @@ class MetaModel(nn.Module):
         log_members = -gaussian_nll(mean, logvar, y).sum(-1)[self.elite]  # [E, B]
         nll = -(torch.logsumexp(log_members, 0) - math.log(self.elites)).mean()
         residual = ((mean[self.elite].mean(0) - y) ** 2).mean(0)
+        return member_error, nll, residual, y
+
+    def validate(self, D_env, holdout=True):
+        """On rows never trained on (or on the others): member_error, nll, and the share of the
+        variance of reward and observation change that the ensemble's mean explains (0 = blind)."""
+        rows = D_env.rows(holdout)
+        if len(rows) == 0:
+            rows = D_env.rows(not holdout)
+        member_error, nll, residual, y = self.score(D_env, rows)
         return {"member_error": member_error, "nll": nll} | explained(residual, y)
+
+    def fresh(self, D_env):
+        """What the model says of the rows written since its last fit, of which it has seen none:
+        whole stretches of where the policy goes now, not rows beside those it trained on. The
+        share is of the variance in D_env, as the few new rows have little of their own."""
+        seen = self.seen.item()
+        if not 0 < seen < D_env.total:
+            return {}
+        rows = torch.arange(max(seen, D_env.oldest), D_env.total, device=D_env.device)
+        _, nll, residual, _ = self.score(D_env, rows)
+        return {"fresh_nll": nll.item(), "fresh_explained_reward": 1 - residual[0].item(),
+                "fresh_explained_obs": 1 - residual[1:].mean().item()}

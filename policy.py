@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import HistoryNet
+from model import HistoryNet, add_statistics, scale_tokens
 
 LOG_STD_MIN, LOG_STD_MAX = -10, 2
 LOGGED = ("q_loss", "actor_loss", "q_mean", "td_error", "entropy")  # what one update returns
@@ -35,20 +35,20 @@ class MetaPolicy(nn.Module):
 
     def __init__(self, obs_dim, act_dim, token_dim=None, widths=(400, 400), z_dim=5, gamma=0.99,
                  tau=0.005, lr=3e-4, alpha=None, target_entropy=None, layer_norm=False,
-                 newest=False):
+                 newest=False, changes=False):
         """alpha: a fixed temperature (1.0 is the paper's objective); None tunes it, from 0.1.
         layer_norm: in Q, which without it runs away upwards (docs/DEVIATIONS.md). newest: see
-        HistoryNet."""
+        HistoryNet; changes: see scale_tokens."""
         super().__init__()
         O, A = obs_dim, act_dim
         token_dim = O + A + 1 if token_dim is None else token_dim
         self.obs_dim, self.act_dim, self.gamma, self.tau = O, A, gamma, tau
+        self.token_dim, self.changes = token_dim, changes and token_dim > 0
+        token_dim += O * self.changes
         self.actor = HistoryNet(1, token_dim, O, 2 * A, widths, z_dim, newest=newest)
         self.qf = HistoryNet(2, token_dim, O + A, 1, widths, z_dim, layer_norm, newest)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
-        # The nets see tokens and observations standardised by the statistics of D_env.
-        self.register_buffer("token_mean", torch.zeros(O + A + 1))
-        self.register_buffer("token_std", torch.ones(O + A + 1))
+        add_statistics(self, O, A)
         self.target_entropy = -A / 2 if target_entropy is None else target_entropy  # MBPO
         self.tune_alpha = alpha is None
         self.log_alpha = nn.Parameter(torch.tensor(math.log(0.1 if alpha is None else alpha)))
@@ -58,12 +58,12 @@ class MetaPolicy(nn.Module):
 
     def use_statistics(self, statistics):
         """Standardise by D_env.statistics() from now on."""
-        self.token_mean.copy_(statistics["token_mean"])
-        self.token_std.copy_(statistics["token_std"])
+        for name, value in statistics.items():
+            getattr(self, name).copy_(value)
 
     def standardise(self, tokens, obs):
         O = self.obs_dim
-        return ((tokens - self.token_mean).div_(self.token_std).clamp_(-10, 10),
+        return (scale_tokens(tokens, obs, self, self.changes),
                 (obs - self.token_mean[:O]).div_(self.token_std[:O]).clamp_(-10, 10))
 
     # ---- the nets, all fed raw tokens [L, B, D], mask [L, B], obs [B, O] ------------------------

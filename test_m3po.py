@@ -215,32 +215,23 @@ def test_the_loss_is_the_weighted_beta_nll_of_torch_distributions(beta, reward_w
         assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-def test_each_member_keeps_one_resample_for_the_whole_fit_and_no_holdout_row(monkeypatch):
+def test_members_draw_their_own_minibatches_from_all_rows_and_no_holdout_row(monkeypatch):
     D_env = EnvBuffer(400, 1, 1, L=2, holdout=0.25)
     for row in range(400):
         D_env.add(torch.randn(1), torch.randn(1), row, [0.0], False, row % 9 == 8)  # r says the row
-    model = MetaModel(1, 1, widths=(4,), batch_size=64, least_steps=1, max_passes=3)
+    model = MetaModel(1, 1, widths=(4,), batch_size=64)
     record = []
     spy(monkeypatch, model, "loss", record)
     model.fit(D_env)
+    y = torch.stack([args[3][..., 0] for args, *_ in record])  # [steps, E, 64]
+    rows = (y * model.target_std[0] + model.target_mean[0]).round().long()
+    assert rows.shape == (400, 3, 64)
+    assert len(torch.unique(rows.flatten(0, 1), dim=0)) == 1_200  # no two minibatches alike
     train = D_env.rows(holdout=False)
-    n = len(train)
-    per_pass = math.ceil(n / 64)
-    assert len(record) == 3 * per_pass
-    resamples = []
-    for p in range(3):
-        y = torch.cat([args[3] for args, *_ in record[p * per_pass : (p + 1) * per_pass]], 1)
-        rows = (y[..., 0] * model.target_std[0] + model.target_mean[0]).round().long()  # [E, n]
-        assert rows.shape == (3, n)
-        resamples.append([Counter(member) for member in rows.tolist()])
-        orders = rows if p == 0 else torch.cat([orders, rows])
-    assert resamples[0] == resamples[1] == resamples[2]
-    assert len(torch.unique(orders, dim=0)) == 9  # each pass is shuffled anew
-    first, second, third = resamples[0]
-    assert first != second and second != third
-    for member in resamples[0]:
-        assert set(member) <= set(train.tolist())
-        assert 0.55 < len(member) / n < 0.71  # a resample with replacement holds 1 - 1/e of them
+    times = torch.bincount(rows.flatten(), minlength=400)
+    assert (times[D_env.rows(holdout=True)] == 0).all()
+    expected = rows.numel() / len(train)  # about 256 each, old or new
+    assert ((times[train] - expected).abs() < 6 * expected**0.5).all()
 
 
 def test_a_hidden_sign_is_found_through_the_rewards_of_the_history_and_not_without():
@@ -253,7 +244,7 @@ def test_a_hidden_sign_is_found_through_the_rewards_of_the_history_and_not_witho
         D_env.add(torch.randn(1), action, sign * action.item(), [0.0], False, row % 20 == 19)
     explained = {}
     for name, token_dim in (("o, a, r", 3), ("o, a", 2), ("blind", 0)):
-        model = MetaModel(1, 1, widths=(32,), token_dim=token_dim, lr=1e-2, max_passes=100)
+        model = MetaModel(1, 1, widths=(32,), token_dim=token_dim, lr=1e-2)
         explained[name] = float(model.fit(D_env)["explained_reward"])
     # An episode's first step, 1 in 20, cannot be known.
     assert 0.85 < explained["o, a, r"] < 1.0, explained

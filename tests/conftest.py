@@ -189,7 +189,7 @@ def update_case(**kwargs):
 
 
 TINY = ["--N", "2", "--E", "40", "--M", "20", "--G", "2", "--warmup", "40", "--fit-every", "40",
-        "--retain", "40", "--width", "8", "--batch-size", "16", "--max-passes", "2",
+        "--retain", "40", "--width", "8", "--batch-size", "16", "--model-updates", "0.5",
         "--eval-episodes", "2", "--diagnose-every", "0"]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TINY = ("--N 2 --E 40 --warmup 20 --fit-every 20 --M 4 --G 1 --width 8 --max-passes 1 "
+TINY = ("--N 2 --E 40 --warmup 20 --fit-every 20 --M 4 --G 1 --width 8 --model-updates .1 "
         "--eval-episodes 2 --diagnose-every 1").split()
 
 

@@ -72,7 +72,6 @@ def test_a_fitted_model_samples_with_the_mean_and_the_variance_of_the_data(liter
                                         torch.full((n, 1), o), torch.full((n, 1), a))
         assert abs(reward.mean() - (2 * o - a)) < 0.15
         assert abs(next_obs.mean() - (o + a + 0.1)) < 0.1
-        # The squared error alone decides when to stop, so the spread is known less well.
         assert 0.7 < reward.std() / 0.5 < 1.6
         assert 0.7 < next_obs.std() / (0.2 if a < 0 else 0.5) < 1.6
 
@@ -155,64 +154,53 @@ def test_statistics_are_those_of_the_rows_kept_and_inputs_are_standardised_with_
         assert tokens.shape[0] == mask.shape[0] == 2 and torch.equal(mask, batch.mask[:-1])
 
 
-@pytest.mark.parametrize("n, batch, steps", [(5, 64, 20), (50, 10, 20), (70, 10, 21), (90, 3, 30)])
-def test_a_pass_over_few_rows_is_repeated_until_it_is_20_steps(monkeypatch, n, batch, steps):
-    D_env, record = real_steps(n, L=2), []
-    D_env.holdout[:] = False
-    model = MetaModel(1, 2, widths=(4,), batch_size=batch, max_passes=1)
+def test_a_fit_takes_its_steps_per_new_row_and_goes_on_from_the_weights_it_has(monkeypatch):
+    D_env = noisy_world(80)
+    model, record = MetaModel(1, 1, widths=(4,), batch_size=7, steps_per_row=1.5), []
     spy(monkeypatch, model, "loss", record)
-    model.fit(D_env)
-    assert len(record) == steps
-
-
-def test_a_fit_stops_by_its_rule_and_returns_every_member_to_its_own_best(monkeypatch):
-    D_env = noisy_world(400)
-    model = MetaModel(1, 1, 6, widths=(16,), lr=0.05, patience=4)  # a rate at which errors jump
-    record = []
-    spy(monkeypatch, model, "validate", record)
-    found = model.fit(D_env)
-    record = [call for call in record if call[1].get("holdout", True)]  # not on training rows
-    before, *errors, after = [result["member_error"] for *_, result, _ in record]
-    states = [state for *_, state in record]
-    best, best_pass, waited, passes = before.clone(), [0] * 6, 0, 0
-    for error in errors:  # the rule, member by member
-        passes += 1
-        improved = False
-        for e in range(6):
-            if error[e] < 0.99 * best[e]:
-                best[e], best_pass[e], improved = error[e], passes, True
-        waited = 0 if improved else waited + 1
-        if waited == 4:
-            break
-    assert found["passes"] == passes == len(errors)
-    assert found["nll"] == model.validate(D_env)["nll"]
-    assert found["nll_train"] == model.validate(D_env, holdout=False)["nll"] != found["nll"]
-    assert torch.allclose(after, best, rtol=1e-5)
-    for name, p in model.named_parameters():  # every weight of a member is that of its best pass
-        for e in range(6):
-            assert torch.equal(p[e], states[best_pass[e]][name][e]), (name, e)
-    assert len(set(best_pass)) > 1 and max(best_pass) < passes
-
-
-def test_a_fit_that_only_makes_things_worse_changes_no_weight():
-    D_env = noisy_world(400)
-    model = MetaModel(1, 1, widths=(16,), max_passes=30)
-    model.fit(D_env)
+    assert model.fit(D_env)["gradient_steps"] == len(record) == 120
+    assert all(args[3].shape == (3, 7, 2) for args, *_ in record)
     statistics = MetaModel(1, 1)
     statistics.use_statistics(D_env.statistics())
-    assert torch.equal(model.token_mean, statistics.token_mean)  # a fit begins with them
+    assert torch.equal(model.token_mean, statistics.token_mean)
     assert torch.equal(model.target_std, statistics.target_std)
-    before = copy.deepcopy(model.state_dict())
-    for group in model.optimizer.param_groups:
-        group["lr"] = 1.0
-    assert model.fit(D_env)["passes"] == model.patience
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
+    longer = EnvBuffer(100, 1, 1, L=2)
+    longer.load_state_dict(D_env.state_dict())
+    for _ in range(20):  # whatever they do to the error, they are learned
+        longer.add([50.0], [0.0], 90.0, [-50.0], False, False)
+    before = copy.deepcopy(model)
+    assert model.fit(longer)["gradient_steps"] == 30 == len(record) - 120
+    for name, p in model.named_parameters():
+        assert not torch.equal(p, before.get_parameter(name)), name
+        assert (p - before.get_parameter(name)).abs().max() < 0.1, name  # 30 steps of about 1e-3 away
+    assert model.fit(longer)["gradient_steps"] == 1  # nothing new
+
+
+def test_the_fresh_rows_are_judged_before_they_are_learned():
+    D_env = EnvBuffer(500, 1, 1, L=2)
+    world, model = noisy_world(500), MetaModel(1, 1, widths=(16,))
+    for row in range(500):
+        o, a, r = world.tokens[row].split(1)
+        D_env.add(o, a, r.item(), world.next_obs[row], False, row % 10 == 9)
+        if row == 399:
+            assert not any(name.startswith("fresh") for name in model.fit(D_env))
+            before = copy.deepcopy(model)
+    found, rows = model.fit(D_env), torch.arange(400, 500)
+    _, nll, residual, _ = before.score(D_env, rows)
+    with torch.no_grad():
+        tokens, mask, x, y = before.standardised(D_env.batch(rows))
+        mean, _ = before.predict(tokens, mask, x)
+    slow = 1 - ((mean.mean(0) - y) ** 2).mean(0)
+    assert found["fresh_nll"] == nll.item()
+    assert found["fresh_explained_reward"] == pytest.approx(slow[0].item(), abs=1e-5)
+    assert found["fresh_explained_obs"] == pytest.approx(slow[1].item(), abs=1e-5)
+    assert found["nll"] == model.validate(D_env)["nll"]
+    assert found["nll_train"] == model.validate(D_env, holdout=False)["nll"] != found["nll"]
 
 
 def test_the_elites_are_the_members_with_the_least_holdout_error():
     D_env = noisy_world(200)
-    model = MetaModel(1, 1, members=4, widths=(4,), elites=2, token_dim=0, max_passes=0)
+    model = MetaModel(1, 1, members=4, widths=(4,), elites=2, token_dim=0, lr=0.0)
     constant_heads(model, [3.0, 0.25, -2.0, 1.0])  # standardised targets are 0 in the mean
     model.fit(D_env)
     assert model.elite.tolist() == [1, 3]
@@ -232,7 +220,7 @@ def test_odd_data_never_divides_by_zero(case):
         first = 4.0 if case == "constant" else torch.randn(()).item()
         D_env.add([first, row % 5], torch.rand(1), row % 3, [first, (row + 1) % 5], False,
                   row % 8 == 7)
-    model = MetaModel(2, 1, widths=(8,), max_passes=4)
+    model = MetaModel(2, 1, widths=(8,), steps_per_row=0.2)
     found = model.fit(D_env)
     assert math.isfinite(found["nll"]) and math.isfinite(found["explained_reward"])
     assert all(value.isfinite().all() for value in model.state_dict().values())

@@ -258,7 +258,7 @@ def test_help_tells_its_own_flags_and_none_of_the_models(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     text = capsys.readouterr().out
-    assert "--kl-weight" in text and "--max-passes" not in text and "__pearl__" in text
+    assert "--kl-weight" in text and "--model-updates" not in text and "__pearl__" in text
     assert max(map(len, text.splitlines())) <= 100
 
 
