@@ -36,8 +36,9 @@ DEPTHS = 5
 EPISODES = 10
 FIELDS = ["episodes_q", "episodes_soft_return",
           *(f"{whose}_{what}" for whose in ("episodes", "blind")
-            for what in ("nll", "explained_reward", "explained_obs"))] + [f"{what}_depth_{d}" for what in ("nll", "rmse_reward", "rmse_obs")
-          for d in range(1, DEPTHS + 1)] + ["kl_pi", "eps_m", "eps_pi", "gap_full", "gap_branched"]
+            for what in ("nll", "explained_reward", "explained_obs")),
+          *(f"{what}_depth_{d}" for what in ("nll", "rmse_reward", "rmse_obs")
+            for d in range(1, DEPTHS + 1)), "kl_pi", "eps_m", "eps_pi", "gap_full", "gap_branched"]
 
 
 @torch.no_grad()
@@ -89,9 +90,9 @@ def q_and_soft_return(policy, episodes):
 
 
 def blind_model(model, D_env, steps=2_000):
-    """A member like the model's that sees no history, fitted to the same rows: what it explains too
-    tells nothing of a hidden task."""
-    blind = MetaModel(model.obs_dim, model.act_dim, 1, [w.shape[1] for w in model.net.w[1:]],
+    """A model of as many members that sees no history, fitted to the same rows: what it explains
+    too tells nothing of a hidden task."""
+    blind = MetaModel(model.obs_dim, model.act_dim, len(model.min_logvar), [w.shape[1] for w in model.net.w[1:]],
                       token_dim=0, layer_norm=model.net.layer_norm, beta_nll=model.beta_nll,
                       weight_decay=model.optimizer.param_groups[0]["weight_decay"],
                       steps_per_row=steps / D_env.total).to(D_env.device)

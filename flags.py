@@ -29,8 +29,8 @@ DEFAULTS = dict(
     # both
     newest_token=False,
     # meta-model
-    fit_every=250, model_lr=1e-3, model_decay=1e-3, model_batch=256, model_updates=1.0, beta_nll=0.5,
-    reward_weight=None, model_layer_norm=False, token_changes=False, retain=100,
+    fit_every=250, model_lr=1e-3, model_decay=1e-3, model_batch=256, model_updates=1.0,
+    beta_nll=0.5, reward_weight=None, model_layer_norm=False, token_changes=False, retain=100,
     env_capacity=1_000_000,
     # meta-policy
     warmup=3_000, batch_size=256, lr=3e-4, gamma=0.99, tau=0.005, alpha=None, target_entropy=None,

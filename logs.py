@@ -32,13 +32,14 @@ from flags import differences
 
 FIELDS = [*"""epoch global_step eval_return_mean eval_return_std eval_length_mean
 eval_discounted_return eval_reward_after_switch eval_reward_otherwise eval_right_way eval_faults
-train_return_mean q_loss actor_loss q_mean td_error entropy alpha beta model_nll model_nll_train
-model_explained_reward model_explained_obs model_fresh_nll model_fresh_explained_reward
-model_fresh_explained_obs model_fits model_gradient_steps imagined terminated_share nonfinite_share
-dropped_transitions""".split(), *diagnostics.FIELDS,
+train_return_mean q_loss actor_loss q_mean td_error entropy q_shift alpha beta model_nll
+model_nll_train model_explained_reward model_explained_obs model_fresh_nll
+model_fresh_explained_reward model_fresh_explained_obs model_fits model_gradient_steps imagined
+terminated_share nonfinite_share dropped_transitions""".split(), *diagnostics.FIELDS,
           *(f"seconds_{part}" for part in "env fit rollouts updates eval diagnose".split())]
-LEGEND = ("legend       alpha: weight of the policy's entropy; explained: fraction of the held-out "
-          "variance of r (rewards) and o (observations) that the model predicts")
+LEGEND = ("legend       alpha: weight of the policy's entropy; explained: fraction of the variance of "
+          "r (rewards) and\n             o (observations) that the model predicted in this epoch's "
+          "steps before it learned them")
 
 
 @contextmanager
@@ -156,6 +157,11 @@ class Log:
             self.board.add_scalar(f"{group}/{name}", value, row["global_step"])
         self.seconds.update(progress.seconds)
         self.say(epoch_line(row, progress))
+        if history_is_no_help(row):
+            self.say("model        it explains no more with history than a model without: reward "
+                     "{:.2f} and {:.2f}, observations {:.2f} and {:.2f} on fresh episodes. Has it "
+                     "not found the task?".format(*(row[f"{whose}_explained_{what}"] for what in (
+                         "reward", "obs") for whose in ("episodes", "blind"))))
         if progress.faults:
             reasons = ", ".join(f"{reason} ({n})" for reason, n in progress.faults.items())
             n = sum(progress.faults.values())
@@ -187,6 +193,13 @@ def found(progress):
     return progress.fit | fresh | (work if fits else {})
 
 
+def history_is_no_help(row):
+    """Whether a diagnosis found that the model explains no output better for seeing history."""
+    return "blind_nll" in row and all(
+        row[f"episodes_explained_{what}"] < row[f"blind_explained_{what}"] + 0.02
+        for what in ("reward", "obs"))
+
+
 def epoch_line(row, progress):
     """An epoch on the screen, without what is not known yet."""
     parts = [f"epoch {row['epoch']:3d}", f"step {row['global_step']:7,d}"]
@@ -196,8 +209,9 @@ def epoch_line(row, progress):
         parts += [f"Q {row['q_mean']:6.1f}", f"alpha {row['alpha']:.3f}"]
     if not progress.updated:
         parts.append("warm-up: random actions, nothing is learned yet")
-    if fit := progress.fit:
-        parts.append("explained r {explained_reward:.2f} o {explained_obs:.2f}".format_map(fit))
+    if fit := found(progress):
+        kind = "fresh_explained" if "fresh_nll" in fit else "explained"
+        parts.append(f"explained r {fit[f'{kind}_reward']:.2f} o {fit[f'{kind}_obs']:.2f}")
     return "  ".join([*parts, f"{sum(progress.seconds.values()):.0f} s"])
 
 

@@ -65,7 +65,7 @@ def main(args, env, state=None):
                 learning = progress.step >= args.warmup
                 if learning and (progress.step - args.warmup) % args.fit_every == 0:
                     with clock(progress, "fit"):  # more often than the paper: docs/DEVIATIONS.md
-                        policy.use_statistics(D_env.statistics())
+                        progress.note_shift(policy.restandardise(D_env))
                         progress.note_fit(model.fit(D_env) if beta > 0 else {})  # line 3
                 with clock(progress, "env"):
                     action = act(policy, D_env, obs, learning)
@@ -108,6 +108,7 @@ class Progress:
     faults: dict = field(default_factory=dict)  # {reason: how many of them in this epoch}
     updated: int = 0  # env steps of this epoch that had updates
     fit: dict = field(default_factory=dict)  # what the last fit found; empty without a model
+    q_shift: float = 0.0  # the largest of this epoch that new statistics brought about
     fits: list = field(default_factory=list)  # what each fit of this epoch found
     seconds: dict = field(default_factory=dict)  # of this epoch, by part
     last: list = field(default_factory=lambda: [float("nan"), 0])  # evaluation: mean return, step
@@ -118,6 +119,9 @@ class Progress:
         self.losses[(self.step - 1) % len(self.losses)] = torch.stack(losses).mean(0)
         self.updated += 1
 
+    def note_shift(self, q_shift):
+        self.q_shift = max(self.q_shift, q_shift)
+
     def note_fit(self, found):
         """found: {name: number} of a fit, {} where there is no model."""
         self.fit = found
@@ -125,7 +129,7 @@ class Progress:
 
     def next_epoch(self):
         self.losses.zero_()
-        self.epoch, self.updated = self.epoch + 1, 0
+        self.epoch, self.updated, self.q_shift = self.epoch + 1, 0, 0.0
         self.train_returns, self.faults, self.fits, self.seconds = [], {}, [], {}
 
 
@@ -223,7 +227,8 @@ def measure(args, progress, beta, policy, model, D_env, D_model):
     epoch = progress.epoch + 1
     imagined, ended, nonfinite = D_model.stats.tolist()
     D_model.stats.zero_()
-    columns = {"beta": beta, "alpha": policy.log_alpha.exp().item(), "imagined": int(imagined),
+    columns = {"q_shift": progress.q_shift, "beta": beta, "alpha": policy.log_alpha.exp().item(),
+               "imagined": int(imagined),
                "terminated_share": ended / max(imagined, 1),
                "nonfinite_share": nonfinite / max(imagined, 1)}
     if args.diagnose_every and epoch % args.diagnose_every == 0 and len(D_env):

@@ -61,6 +61,18 @@ class MetaPolicy(nn.Module):
         for name, value in statistics.items():
             getattr(self, name).copy_(value)
 
+    @torch.no_grad()
+    def restandardise(self, D_env, most=1_000):
+        """Standardise by D_env's statistics of now. Returns what that does to Q: the root mean
+        square of its change on up to `most` rows of D_env, spread evenly."""
+        rows = torch.linspace(D_env.oldest, D_env.total - 1, most, device=D_env.device).long()
+        batch = D_env.batch(rows)
+        obs, actions, _ = batch.split(self.obs_dim)
+        q = lambda: self.q_values(self.qf, batch.tokens[:-1], batch.mask[:-1], obs, actions)
+        before = q()
+        self.use_statistics(D_env.statistics())
+        return (q() - before).square().mean().sqrt().item()
+
     def standardise(self, tokens, obs):
         O = self.obs_dim
         return (scale_tokens(tokens, obs, self, self.changes),

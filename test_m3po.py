@@ -32,7 +32,7 @@ from policy import MetaPolicy
 from rollouts import Batch, EnvBuffer, ModelBuffer, branch
 from tests.conftest import (
     FakeModel, FakePolicy, TINY, assert_same_run, constant_heads, fill, never_terminates, parse,
-    random_batch, read_rows, real_steps, resume_run, run, slow_standardised, spy, stored_rows,
+    hidden_sign_world, random_batch, read_rows, real_steps, resume_run, run, slow_standardised, spy, stored_rows,
     tiny_policy, torch_forward, torch_policy, update_case,
 )
 from tests.conftest import same_draws_whatever_ran_before  # a fixture that every test uses
@@ -236,13 +236,7 @@ def test_members_draw_their_own_minibatches_from_all_rows_and_no_holdout_row(mon
 
 def test_a_hidden_sign_is_found_through_the_rewards_of_the_history_and_not_without():
     """r = sign * a, the sign drawn per episode and shown nowhere but in earlier rewards."""
-    D_env = EnvBuffer(2_000, 1, 1, L=3)
-    for row in range(2_000):
-        if row % 20 == 0:
-            sign = 1 if torch.rand(()) < 0.5 else -1
-        action = (0.5 + torch.rand(1)) * (1 if torch.rand(()) < 0.5 else -1)
-        D_env.add(torch.randn(1), action, sign * action.item(), [0.0], False, row % 20 == 19)
-    explained = {}
+    D_env, explained = hidden_sign_world(2_000), {}
     for name, token_dim in (("o, a, r", 3), ("o, a", 2), ("blind", 0)):
         model = MetaModel(1, 1, widths=(32,), token_dim=token_dim, lr=1e-2)
         explained[name] = float(model.fit(D_env)["explained_reward"])

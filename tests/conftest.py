@@ -180,6 +180,17 @@ def torch_policy(policy, tokens, mask, obs):
     return Independent(squashed, 1), gaussian
 
 
+def hidden_sign_world(n):
+    """n rows of r = sign * a; the sign is drawn per episode of 20 steps and shown nowhere else."""
+    D_env = EnvBuffer(n, 1, 1, L=3)
+    for row in range(n):
+        if row % 20 == 0:
+            sign = 1 if torch.rand(()) < 0.5 else -1
+        action = (0.5 + torch.rand(1)) * (1 if torch.rand(()) < 0.5 else -1)
+        D_env.add(torch.randn(1), action, sign * action.item(), [0.0], False, row % 20 == 19)
+    return D_env
+
+
 def update_case(**kwargs):
     policy = MetaPolicy(2, 2, widths=(8,), **kwargs)
     with torch.no_grad():

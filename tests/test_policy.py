@@ -176,3 +176,29 @@ def test_the_same_update_twice_gives_the_same_numbers():
         assert torch.equal(policy.update(batch, noise), twin.update(batch, noise))
     for a, b in zip(policy.parameters(), twin.parameters()):
         assert torch.equal(a, b)
+
+
+def test_restandardising_says_how_far_it_moves_q():
+    D_env = EnvBuffer(50, 3, 1, L=2)
+    fill(D_env, 40)
+    policy = MetaPolicy(3, 1, widths=(8,))
+    before = copy.deepcopy(policy)
+    shift = policy.restandardise(D_env, most=40)  # all rows
+    assert torch.equal(policy.token_mean, D_env.statistics()["token_mean"])
+    batch, q = D_env.batch(torch.arange(40)), []
+    for p in (before, policy):
+        own = batch.split(3)
+        q.append(p.q_values(p.qf, batch.tokens[:-1], batch.mask[:-1], *own[:2]))
+    assert shift == pytest.approx((q[1] - q[0]).square().mean().sqrt().item(), rel=1e-4) and shift
+    assert policy.restandardise(D_env) < 1e-6  # the same statistics again
+
+
+def test_with_changes_policy_and_q_see_what_each_token_brought_about():
+    policy = MetaPolicy(2, 1, widths=(8,), changes=True)
+    policy.target_mean.fill_(0.5), policy.target_std.fill_(2.0)
+    window, obs = torch.randn(3, 5, 4), torch.randn(5, 2)
+    tokens, _ = policy.standardise(window, obs)
+    assert tokens.shape == (3, 5, 6) and torch.equal(tokens[..., 2:], window)
+    following = torch.cat([window[1:, :, :2], obs[None]])
+    assert torch.allclose(tokens[..., :2], (following - window[..., :2] - 0.5) / 2)
+    assert policy.actor.token_dim == policy.qf.token_dim == 6
