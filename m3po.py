@@ -26,7 +26,6 @@ The clocks of one run (Table 2, halfcheetah-fwd-bwd):
 
 from argparse import Namespace
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,6 +36,7 @@ import envs
 import faults
 import flags
 import speed
+from checkpoint import Progress
 from evaluation import Players
 from full import FullBuffer
 from logs import Log, clock
@@ -92,47 +92,6 @@ def main(args, env, state=None):
 # ---- line 1 -------------------------------------------------------------------------------------
 
 
-@dataclass
-class Progress:
-    """What changes from step to step and lies in no net, dataset or random stream."""
-
-    losses: torch.Tensor  # [E, logged], by env step of this epoch; 0 where nothing was updated
-    logged: tuple = LOGGED  # what they are: columns of progress.csv
-    step: int = 0  # env steps taken
-    epoch: int = 0  # epochs finished: evaluated, and in the logs
-    episode: int = 0  # training episodes begun, less one
-    actions: list = field(default_factory=list)  # of the running episode, to replay it
-    train_return: float = 0.0  # of the running episode
-    train_returns: list = field(default_factory=list)  # of the episodes that ended in this epoch
-    dropped: int = 0  # transitions that were no data, in the whole run
-    faults: dict = field(default_factory=dict)  # {reason: how many of them in this epoch}
-    updated: int = 0  # env steps of this epoch that had updates
-    fit: dict = field(default_factory=dict)  # what the last fit found; empty without a model
-    q_shift: float = 0.0  # the largest of this epoch that new statistics brought about
-    fits: list = field(default_factory=list)  # what each fit of this epoch found
-    seconds: dict = field(default_factory=dict)  # of this epoch, by part
-    last: list = field(default_factory=lambda: [float("nan"), 0])  # evaluation: mean return, step
-    best: list = field(default_factory=lambda: [float("-inf"), 0])
-
-    def note(self, losses):
-        """The losses of the updates of the env step just taken; nothing waits for the GPU."""
-        self.losses[(self.step - 1) % len(self.losses)] = torch.stack(losses).mean(0)
-        self.updated += 1
-
-    def note_shift(self, q_shift):
-        self.q_shift = max(self.q_shift, q_shift)
-
-    def note_fit(self, found):
-        """found: {name: number} of a fit, {} where there is no model."""
-        self.fit = found
-        self.fits += [found] if found else []
-
-    def next_epoch(self):
-        self.losses.zero_()
-        self.epoch, self.updated, self.q_shift = self.epoch + 1, 0, 0.0
-        self.train_returns, self.faults, self.fits, self.seconds = [], {}, [], {}
-
-
 def begin(args, env, state):
     """Policy, meta-model, D_env, D_model and Progress: new, or as the checkpoint has them."""
     torch.manual_seed(args.seed)
@@ -144,7 +103,7 @@ def begin(args, env, state):
         D_model = FullBuffer(D_env, args.M, args.retain, ends, envs.time_limit(env))
     else:
         D_model = ModelBuffer(D_env, args.M, args.k, args.retain, ends)
-    progress = Progress(torch.zeros(args.E, len(LOGGED), device=args.device))
+    progress = Progress(torch.zeros(args.E, len(LOGGED), device=args.device), LOGGED)
     if state is not None:
         progress = Progress(**checkpoint.restore(state, policy=policy, model=model, D_env=D_env,
                                                  D_model=D_model))

@@ -32,9 +32,10 @@ import checkpoint
 import envs
 import faults
 import speed
+from checkpoint import Progress
 from flags import build_parser, count, positive
 from logs import Log, clock
-from m3po import Progress, act, make_players, open_agent, parse_args, real_step
+from m3po import act, make_players, open_agent, parse_args, real_step
 from model import MetaModel, explained, gaussian_nll
 from rollouts import EnvBuffer
 

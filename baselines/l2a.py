@@ -37,6 +37,7 @@ import envs
 import faults
 import m3po
 import speed
+from checkpoint import Progress
 from flags import count, fraction, in_range, natural, positive
 from logs import Log, clock
 from model import explained
@@ -302,9 +303,9 @@ def begin(args, env, state):
     policy = build(args, env, args.device)
     capacity = min(args.N * args.E, args.env_capacity)
     D_env = EnvBuffer(capacity, policy.model.obs_dim, policy.act_dim, args.L, args.device)
-    progress = m3po.Progress(torch.zeros(args.E, len(LOGGED), device=args.device), LOGGED)
+    progress = Progress(torch.zeros(args.E, len(LOGGED), device=args.device), LOGGED)
     if state is not None:
-        progress = m3po.Progress(**checkpoint.restore(state, policy=policy, D_env=D_env))
+        progress = Progress(**checkpoint.restore(state, policy=policy, D_env=D_env))
         progress.losses = progress.losses.to(args.device)
     return policy, D_env, progress
 

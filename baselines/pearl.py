@@ -38,9 +38,10 @@ import torch.nn.functional as F
 import checkpoint
 import faults
 import speed
+from checkpoint import Progress
 from flags import in_range
 from logs import Log, clock
-from m3po import Progress, act, make_players, open_agent, parse_args, real_step
+from m3po import act, make_players, open_agent, parse_args, real_step
 from model import HistoryNet
 from policy import LOGGED, MetaPolicy
 from rollouts import Batch, EnvBuffer
