@@ -201,8 +201,9 @@ def with_interval(values):
 
 
 def summary(groups):
-    """Prints one row per env and variant. A seed's return is the mean of one evaluation; the area
-    under its curve is divided by the steps, so that it is a return too."""
+    """Prints one row per env and variant. A seed's last return is the mean of one evaluation, its
+    last five of five; the area under its curve is divided by the steps, so that it is a return
+    too."""
     from scipy import stats
     rows = []
     for env, variants in groups.items():
@@ -213,10 +214,11 @@ def summary(groups):
             area = trapezia.sum(1) / (x[-1] - x[0]) if len(x) > 1 else last
             seconds = sum(np.nansum(values) for run in runs for name, values in run.progress.items()
                           if name.startswith("seconds_"))
-            rows.append((env, label, str(len(runs)), f"{x[-1]:g}", with_interval(last),
+            rows.append((env, label, str(len(runs)), f"{x[-1]:g}",
+                         with_interval(values[:, -5:].mean(1)), with_interval(last),
                          f"{area.mean():.1f}", f"{stats.trim_mean(last, 0.25):.1f}",
                          f"{seconds / len(runs) / 60:.1f} min" if seconds else "-"))
-    print_table(("env", "variant", "seeds", "1000 steps", "last return [95 %]", "area under curve",
+    print_table(("env", "variant", "seeds", "1000 steps", "last five [95 %]", "last return [95 %]", "area under curve",
                  "IQM of last", "wall time"), *rows)
 
 

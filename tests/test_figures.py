@@ -19,7 +19,7 @@ def test_every_figure_from_a_tiny_run_has_its_size(trained_runs, tmp_path, capsy
         figures.main([name, trained_runs["toy"], "--out", str(path)])
         read_image(path, size)
         printed = capsys.readouterr().out
-        assert "IQM of last" in printed and "wall time" in printed and "point-fwd-bwd" in printed
+        assert "IQM of last" in printed and "last five [95 %]" in printed and "wall time" in printed and "point-fwd-bwd" in printed
     both = tmp_path / "both.png"
     figures.main(["curves", trained_runs["toy"], trained_runs["cheetah"], "--out", str(both)])
     read_image(both, (1560, 630))
@@ -97,7 +97,8 @@ def test_a_run_is_drawn_from_its_two_small_files_whatever_columns_they_have(tmp_
     (fake_run(tmp_path / "new", seed=1) / "progress.csv").write_text(text)
     figures.main(["curves", str(old), str(tmp_path / "new"), "--out", str(tmp_path / "c.png")])
     row = capsys.readouterr().out.splitlines()[1].split()
-    assert row[:4] == ["point-fwd-bwd", "M3PO", "2", "2"] and row[4] == "3.0"
+    assert row[:4] == ["point-fwd-bwd", "M3PO", "2", "2"]
+    assert row[4] == "2.0" and row[7] == "3.0"  # the last five of two, and the last
     assert "note" not in figures.read_run(tmp_path / "new").progress
 
 
@@ -132,7 +133,7 @@ def test_the_table_counts_right(tmp_path, capsys):
     groups, _ = figures.read_runs([tmp_path / "a", tmp_path / "b"])
     figures.summary(groups)
     row = capsys.readouterr().out.splitlines()[1].split()
-    assert row == "point-fwd-bwd M3PO 2 3 4.0 [4.0, 4.0] 2.8 4.0 1.5 min".split()
+    assert row == "point-fwd-bwd M3PO 2 3 2.7 [-5.8, 11.1] 4.0 [4.0, 4.0] 2.8 4.0 1.5 min".split()
 
 
 def test_seeds_are_compared_at_the_steps_they_share(tmp_path):
