@@ -27,16 +27,16 @@ DEFAULTS = dict(
     # Table 2
     N=200, E=1_000, M=1_000, G=40, B=3, k=1, L=10, width=400, z_dim=5,
     # both
-    newest_token=False,
+    newest_token=True, token_changes=True,
     # meta-model
     fit_every=250, model_lr=1e-3, model_decay=1e-3, model_batch=256, model_updates=1.0,
-    beta_nll=0.5, reward_weight=None, model_layer_norm=False, token_changes=False, retain=100,
+    beta_nll=0.5, reward_weight=None, model_layer_norm=True, retain=100,
     env_capacity=1_000_000,
     # meta-policy
     warmup=3_000, batch_size=256, lr=3e-4, gamma=0.99, tau=0.005, alpha=None, target_entropy=None,
     layer_norm=True,
     # the paper's variants
-    rollout="branched", model="gru", hybrid=None, beta=1.0, no_token_reward=False,
+    rollout="branched", model="gru", hybrid=None, beta=0.5, no_token_reward=False,
     # running
     device="auto", threads=None, compile="auto", eval_episodes=50, eval_every=1, diagnose_every=10,
     checkpoint_every=1, out=None, resume=None)
