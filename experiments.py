@@ -1,8 +1,8 @@
 """The table of variants, from one command: each variant and seed is one run of m3po.py.
 
-    python ablations.py                                    # the toy, 5 seeds: 55 runs
-    python ablations.py --only m3po k2 blind --seeds 0 1   # some rows, some seeds
-    python ablations.py --out runs/short --results runs/short/results -- --N 5
+    python experiments.py                                    # the toy, 5 seeds: 55 runs
+    python experiments.py --only m3po k2 blind --seeds 0 1   # some rows, some seeds
+    python experiments.py --out runs/short --results runs/short/results -- --N 5
 
 What follows -- goes to every m3po.py. OUT/ROW/seedS is a run folder, OUT/ROW/seedS.log what it
 printed, OUT/table.md the table. Of a finished run RESULTS/ROW/seedS keeps progress.csv and
@@ -185,8 +185,8 @@ def table(runs, line, args, env):
 
 
 def build_parser():
-    p = OneLineParser("ablations.py", description=__doc__.split("\n\n")[0],
-                           usage="ablations.py [flags] [-- flags of m3po.py]")
+    p = OneLineParser("experiments.py", description=__doc__.split("\n\n")[0],
+                           usage="experiments.py [flags] [-- flags of m3po.py]")
     p.add_argument("--env", default="point-fwd-bwd", metavar="NAME", help="(%(default)s)")
     p.add_argument("--seeds", nargs="+", type=natural, default=[0, 1, 2, 3, 4], metavar="S",
                    help="one run of each row per seed (0 1 2 3 4)")
@@ -237,7 +237,7 @@ def main(argv=None):
     args.results = args.results or Path("results", args.env.replace("/", "-").replace(":", "-"))
     for flag in extra:
         if flag.split("=")[0] in ("--env", "--seed", "--out", "--resume"):
-            parser.error(f"argument {flag}: not after --, ablations.py sets it")
+            parser.error(f"argument {flag}: not after --, experiments.py sets it")
     rows = {slug: label for slug, label in SLUGS.items() if slug in args.only}
     runs, env = plan(args, rows, extra, parser)
     for option, path in (("--out", args.out), ("--results", args.results)):
@@ -259,7 +259,7 @@ def main(argv=None):
     finished = {label: [figures.read_run(result) for name, *_, folder, result in runs
                         if name == label and folder not in failed] for label in rows.values()}
     if any(finished.values()):
-        line = shlex.join(["python", "ablations.py", *argv])
+        line = shlex.join(["python", "experiments.py", *argv])
         markdown = table(finished, line, runs[-1][2], env)
         (args.out / "table.md").write_text(markdown)
         print(f"\n{markdown}\nwritten      {args.out}/table.md, {args.results}")
@@ -272,11 +272,11 @@ if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
-        play.need("ablations.py", "scipy")
+        play.need("experiments.py", "scipy")
         sys.exit(main())
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", flush=True)
         sys.exit(130)
     except (checkpoint.CheckpointError, figures.FigureError, play.PlayError, OSError,
             ValueError) as error:
-        sys.exit(f"ablations.py: error: {error}")
+        sys.exit(f"experiments.py: error: {error}")

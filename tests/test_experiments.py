@@ -1,4 +1,4 @@
-"""ablations.py: a table of variants, each trained with several seeds."""
+"""experiments.py: a table of variants, each trained with several seeds."""
 
 import fcntl
 import json
@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-import ablations
+import experiments
 import envs
 import figures
 import m3po
@@ -22,9 +22,9 @@ from tests.conftest import (TINY, assert_refused, assert_same_run, error_line, f
                             run)
 
 
-@pytest.mark.parametrize("label", ablations.ROWS)
+@pytest.mark.parametrize("label", experiments.ROWS)
 def test_a_row_of_the_ablations_is_the_variant_that_figures_name(label):
-    args = vars(m3po.parse_args(ablations.ROWS[label][0].split())[0])
+    args = vars(m3po.parse_args(experiments.ROWS[label][0].split())[0])
     named = figures.variant(differences(args))
     assert named.replace(" ", "").startswith(label.replace(" ", ""))
     assert (named == "M3PO") == (label == "M3PO")
@@ -32,9 +32,9 @@ def test_a_row_of_the_ablations_is_the_variant_that_figures_name(label):
 
 def test_who_repeats_the_way_that_paid_last_gets_the_closed_form():
     env, returns = envs.make("point-fwd-bwd"), []
-    assert "100 if told the task" in ablations.closed_form(env) and (
-        "= 95.04" in ablations.closed_form(env))
-    assert ablations.closed_form(envs.make("ant-fwd-bwd")) == ""
+    assert "100 if told the task" in experiments.closed_form(env) and (
+        "= 95.04" in experiments.closed_form(env))
+    assert experiments.closed_form(envs.make("ant-fwd-bwd")) == ""
     for seed in range(400):
         way, paid, done = 1.0, [], False
         env.reset(seed=seed)
@@ -60,7 +60,7 @@ def test_ablations_skip_what_is_finished_go_on_with_what_is_not_and_outlive_a_fa
     before = (out / "m3po/seed0/checkpoint.pt").stat().st_mtime_ns
     flags = ["--only", "m3po", "k2", "blind", "--seeds", "0", "--out", str(out),
              "--results", str(results), "--", *TINY]
-    assert ablations.main(flags) == 1
+    assert experiments.main(flags) == 1
     said = capsys.readouterr().out
     assert "3 runs, 1 of them finished before" in said
     assert said.splitlines()[-1].startswith("failed") and "k2/seed0.log" in said.splitlines()[-1]
@@ -86,10 +86,10 @@ def test_ablations_skip_what_is_finished_go_on_with_what_is_not_and_outlive_a_fa
         assert (results / slug / "seed0/progress.csv").read_bytes() == log
 
     with pytest.raises(ValueError, match="was trained with G 2, not 3; use another --results"):
-        ablations.main([*flags, "--G", "3"])
+        experiments.main([*flags, "--G", "3"])
     other = [*flags[:-len(TINY) - 2], str(tmp_path / "other"), *flags[-len(TINY) - 1:]]
     with pytest.raises(ValueError, match="was trained with G 2, not 3; use another --out"):
-        ablations.main([*other, "--G", "3"])
+        experiments.main([*other, "--G", "3"])
     capsys.readouterr()
     with open(out / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -103,7 +103,7 @@ def test_what_the_results_hold_is_finished_on_any_machine(tmp_path, monkeypatch,
     flags = ["--only", "m3po", "--seeds", "0", "--out", str(tmp_path / "out"), "--results",
              str(tmp_path / "results")]
     monkeypatch.setattr(ablations, "start", lambda *_: pytest.fail("it was finished"))
-    assert ablations.main(flags) == 0
+    assert experiments.main(flags) == 0
     said = capsys.readouterr().out
     assert "1 runs, 1 of them finished before" in said
     assert "| 3.0 | 2.0 | - | - / - | - | 0 |" in said
@@ -112,14 +112,14 @@ def test_what_the_results_hold_is_finished_on_any_machine(tmp_path, monkeypatch,
     rows = (here / "seed0/progress.csv").read_text().splitlines()
     (here / "seed0/progress.csv").write_text("\n".join(rows[:-1]) + "\n")
     with pytest.raises(pytest.fail.Exception):  # half a run is none
-        ablations.main(flags)
+        experiments.main(flags)
 
 
 def test_where_there_is_no_fcntl_nobody_is_kept_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablations.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(experiments.importlib.util, "find_spec", lambda name: None)
     with open(tmp_path / "lock", "w") as mine, open(tmp_path / "lock") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert ablations.locked(mine)
+        assert experiments.locked(mine)
 
 
 def test_stopping_the_ablations_sends_each_run_one_signal_and_waits_until_it_has_saved(tmp_path):
@@ -142,7 +142,7 @@ def test_stopping_the_ablations_sends_each_run_one_signal_and_waits_until_it_has
     try:
         with open(tmp_path / "lock", "w") as lock, pytest.raises(KeyboardInterrupt):
             threading.Thread(target=stop, daemon=True).start()
-            ablations.run_all(todo, 2, lock, {})
+            experiments.run_all(todo, 2, lock, {})
     finally:
         signal.signal(signal.SIGINT, before)
     assert [(folder / "saved").exists() for folder in folders] == [True, True, False]
@@ -157,4 +157,4 @@ def test_stopping_the_ablations_sends_each_run_one_signal_and_waits_until_it_has
 ])
 def test_bad_input_to_the_ablations_is_one_line_and_nothing_is_created(
         flags, says, tmp_path, monkeypatch, capsys):
-    assert_refused(ablations.main, flags, says, tmp_path, monkeypatch, capsys)
+    assert_refused(experiments.main, flags, says, tmp_path, monkeypatch, capsys)
