@@ -1,19 +1,24 @@
-"""The table of variants, from one command: each variant and seed is one run of m3po.py.
+"""The experiments: every method in every env with every seed, each run one command.
 
-    python experiments.py                                    # the toy, 5 seeds: 55 runs
-    python experiments.py --only m3po k2 blind --seeds 0 1   # some rows, some seeds
-    python experiments.py --out runs/short --results runs/short/results -- --N 5
+    python experiments.py                             # the toy, every variant, 5 seeds: 55 runs
+    python experiments.py --envs ant-fwd-bwd halfcheetah-pier --methods m3po recurrent-sac pearl \\
+        --seeds 0 1 2 -- --N 20 --width 128 --G 10    # 18 runs; what follows -- goes to each
+    ... --dry-run                                     # what is done, what remains, how long
+    ... --table                                       # the tables of what is done, at once
+    ... --print                                       # a command per run that remains
+    ... --slurm                                       # what remains as one array job (slurm.py)
 
-What follows -- goes to every m3po.py. OUT/ROW/seedS is a run folder, OUT/ROW/seedS.log what it
-printed, OUT/table.md the table. Of a finished run RESULTS/ROW/seedS keeps progress.csv and
-config.json: a few kB for git. What is there is never run again, so another machine goes on with the
-rest. Stop it with Ctrl-C at any time; the same command goes on. A run that fails does not stop the
-others; it is named at the end, with its log.
+OUT/ENV/METHOD/seedS is a run folder, OUT/ENV/METHOD/seedS.log what it printed, OUT/table.md the
+tables. Of a finished run RESULTS/ENV/METHOD/seedS keeps progress.csv and config.json: a few kB for
+git. What is there is never run again, so another machine goes on with the rest. Stop it with Ctrl-C
+at any time; the same command goes on. A run that fails does not stop the others; it is named at the
+end, with its log. A grid of one run trains in this process, and that is what a larger grid, SLURM
+or GNU parallel starts for each of its runs.
 """
 
+import importlib
 import importlib.util
 import json
-import math
 import os
 import shlex
 import shutil
@@ -21,251 +26,386 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 import checkpoint
+import faults
 import figures
+import flags
 import m3po
 import play
-from evaluation import early_steps
-from flags import MAY_CHANGE, OneLineParser, count, natural
+import slurm
 from logs import cpu_name
-
-ROWS = {  # label: flags of m3po.py, what it shows
-    "M3PO": ("", "the default, k = 1"),
-    "k=2": ("--k 2", "model errors over two steps"),
-    "k=5": ("--k 5", "model errors over five steps"),
-    "Full": ("--rollout full", "never branches from real histories"),
-    "M2PO": ("--model mlp", "its model sees no history, so not the task"),
-    "M3PO-h": ("--hybrid 5 10", "imagined data first, real data last (epochs for the toy)"),
-    "recurrent SAC": ("--beta 0", "no model at all"),
-    "literal likelihood": ("--beta-nll 0 --reward-weight 1", "the loss as the paper prints it"),
-    "blind": ("--L 0", "neither policy nor model sees history"),
-    "no reward token": ("--no-token-reward", "a history without what tells the task"),
-    "oracle": ("--oracle", "the task is shown: an upper bound"),
-}
-SLUGS = {label.lower().replace("=", "").replace(" ", "-"): label for label in ROWS}
+from tables import seconds, tables
 
 
-def refuse_others(folder, flags, wanted, option):
-    """ValueError if the run in folder, trained with flags, is not the wanted one."""
-    for name in wanted.keys() & flags.keys() - (MAY_CHANGE - {"N"}):
-        if flags[name] != wanted[name]:
-            raise ValueError(f"{folder} was trained with {name} {flags[name]}, not {wanted[name]}; "
-                             f"use another {option}")
+class Method(NamedTuple):
+    label: str
+    flags: str  # that make it
+    shows: str
+    program: str = "m3po"
+
+    @property
+    def slug(self):
+        return self.label.lower().replace("=", "").replace(" ", "-")
 
 
-def is_kept(result, wanted):
-    """Whether the results folder `result` holds the whole run."""
-    if not (result / "config.json").exists():
+METHODS = {method.slug: method for method in [
+    Method("M3PO", "", "the default, k = 1"),
+    Method("k=2", "--k 2", "model errors over two steps"),
+    Method("k=5", "--k 5", "model errors over five steps"),
+    Method("Full", "--rollout full", "never branches from real histories"),
+    Method("M2PO", "--model mlp", "its model sees no history, so not the task"),
+    Method("M3PO-h", "--hybrid 5 10", "imagined data first, real data last (epochs for the toy)"),
+    Method("recurrent SAC", "--beta 0", "no model at all"),
+    Method("literal likelihood", "--beta-nll 0 --reward-weight 1",
+           "the loss as the paper prints it"),
+    Method("blind", "--L 0", "neither policy nor model sees history"),
+    Method("no reward token", "--no-token-reward", "a history without what tells the task"),
+    Method("oracle", "--oracle", "the task is shown: an upper bound"),
+    Method("PEARL", "", "the task guessed from the last steps, no model", "pearl"),
+    Method("L2A", "", "a model that adapts by one gradient step, planned in", "l2a"),
+    Method("GHP-MDP", "", "a model with a latent task, inferred and planned in", "ghp_mdp"),
+]}
+# What means nothing to recurrent SAC, whose results are the same before and after it changes.
+OF_THE_MODEL = set("M B k model_updates model_lr model_decay model_batch beta_nll reward_weight "
+                   "model_layer_norm retain rollout model".split())
+VARIANTS = [slug for slug, method in METHODS.items() if method.program == "m3po"]
+
+
+class Refused(ValueError):
+    """What a folder holds is not what was asked for. The message is one line."""
+
+
+@dataclass
+class Experiment:
+    """One run of the grid."""
+
+    env: str
+    method: Method
+    seed: int
+    common: list  # what followed --, as far as its program has such flags
+    wanted: dict  # every flag, as its program reads them
+    folder: Path  # run folder
+    result: Path  # what is kept of it when it ends
+
+    def flags(self):
+        return [*self.common, *self.method.flags.split(), "--env", self.env,
+                "--seed", str(self.seed)]
+
+    def __str__(self):
+        return "/".join(self.folder.parts[-3:])
+
+
+# ---- the grid -----------------------------------------------------------------------------------
+
+
+def by_flag(words):
+    """[["--N", "20"], ["--oracle"], ...]: each flag with its values."""
+    groups = []
+    for word in words:
+        if word.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(word)
+    return groups
+
+
+def common_flags(programs, extra, parser):
+    """{program: the flags of extra that it has}, and lines that say which it has not. A flag that
+    none of them has is refused."""
+    parsers = {program: flags.build_parser(program) for program in programs}
+    common, lines = {program: [] for program in programs}, []
+    for group in by_flag(extra):
+        if group[0].split("=")[0] in ("--env", "--seed", "--out", "--resume"):
+            parser.error(f"argument {group[0]}: not after --, experiments.py sets it")
+        without = [program for program in programs if parsers[program].parse_known_args(group)[1]]
+        if len(without) == len(common):
+            parser.error(f"argument {' '.join(group)}: none of the methods has it")
+        if without:
+            lines.append(f"Left out: {' '.join(group)} for {' and '.join(without)}.")
+        for program in common.keys() - set(without):
+            common[program] += group
+    return common, lines
+
+
+def grid(args, extra, parser):
+    """Every wanted run, {name: env}, and what was left out as lines. Seeds come outermost, so that
+    whatever has ended makes a table of all methods in all envs."""
+    runs, made, methods = [], {}, [METHODS[slug] for slug in args.methods]
+    programs = dict.fromkeys(method.program for method in methods)
+    common, left_out = common_flags(programs, extra, parser)
+    tag = f"-{args.tag}" if args.tag else ""
+    for seed in args.seeds:
+        for env in args.envs:
+            for method in methods:
+                place = Path(env.replace("/", "-").replace(":", "-"), method.slug + tag,
+                             f"seed{seed}")
+                run = Experiment(env, method, seed, common[method.program], {}, args.out / place,
+                                 args.results / place)
+                wanted = flags.parse(run.flags(), method.program)[0]  # refuses before all else
+                if not wanted.eval_episodes or wanted.N % wanted.eval_every:
+                    parser.error("argument --eval-every: the last epoch must be evaluated, also "
+                                 f"that of {method.label}")
+                if env not in made:
+                    made[env] = m3po.parse_args(run.flags(), method.program)[1]
+                run.wanted = vars(wanted)
+                runs.append(run)
+    return runs, made, left_out
+
+
+def command(run, args):
+    """The grid of this run alone, which trains it in one process."""
+    tag = ["--tag", args.tag] if args.tag else []
+    return [sys.executable, os.path.abspath(__file__), "--envs", run.env, "--methods",
+            run.method.slug, "--seeds", str(run.seed), "--out", str(args.out), "--results",
+            str(args.results), *tag, *(["--", *run.common] if run.common else [])]
+
+
+# ---- what is there ------------------------------------------------------------------------------
+
+
+def refuse_others(folder, trained, wanted, option):
+    """Refused if the run in folder, trained with these flags, is not the wanted one. A flag that
+    did not exist then was off."""
+    trained = {"method": "m3po"} | trained
+    ignored = flags.MAY_CHANGE - {"N"} | (OF_THE_MODEL if wanted.get("beta") == 0 else set())
+    for name in wanted.keys() - ignored:
+        was = trained.get(name)
+        if was != wanted[name] and (wanted[name] or was is not None):
+            raise Refused(f"{folder} was trained with {name} {was}, not {wanted[name]}; "
+                          f"use another {option} or --tag")
+
+
+def is_kept(run):
+    """Whether its results folder holds the whole run."""
+    if not (run.result / "config.json").exists():
         return False
-    run = figures.read_run(result)
-    refuse_others(result, run.flags, wanted, "--results")
-    return run.progress["global_step"][-1] == wanted["N"] * wanted["E"]
+    kept = figures.read_run(run.result)
+    refuse_others(run.result, kept.flags, run.wanted, "--results")
+    return kept.progress["global_step"][-1] == run.wanted["N"] * run.wanted["E"]
 
 
-def keep(folder, result):
+def keep(run):
     """Copies of a finished run what tables and figures read, without this machine's paths.
 
     config.json comes last: where it is, the rest is complete.
     """
-    result.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / "progress.csv", result / "progress.csv")
-    config = json.loads((folder / "config.json").read_text())
-    config["flags"] |= {"out": f"{folder.parent.name}/{folder.name}", "resume": None}
+    with checkpoint.writing(run.result):
+        run.result.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(run.folder / "progress.csv", run.result / "progress.csv")
+    config = json.loads((run.folder / "config.json").read_text())
+    config["flags"] |= {"out": str(run), "resume": None}
     config["cpu"] = cpu_name()
     text = json.dumps(config, indent=1) + "\n"
-    checkpoint.write_atomically(result / "config.json", lambda f: f.write(text.encode()))
+    checkpoint.write_atomically(run.result / "config.json", lambda f: f.write(text.encode()))
 
 
-def command(folder, flags, wanted):
-    """The command that starts the run in folder or goes on with it; None if it is finished."""
-    program = [sys.executable, str(Path(__file__).with_name("m3po.py"))]
-    if not (folder / "checkpoint.pt").exists():
-        return [*program, *flags, "--out", str(folder)]
-    state = checkpoint.read(folder / "checkpoint.pt", "run")
-    refuse_others(folder, state["flags"], wanted, "--out")
-    finished = state["progress"]["epoch"] == wanted["N"]
-    return None if finished else [*program, "--resume", str(folder)]
-
-
-def start(folder, line, lock):
-    """The run as a process of one thread, which holds the lock until it ends, whatever kills us."""
-    if "--out" in line:
-        shutil.rmtree(folder, ignore_errors=True)  # of a run killed before its first checkpoint
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
-                            "TQDM_MININTERVAL": "30"}  # s: a short log
-    inherited = [lock.fileno()] if os.name == "posix" else []
-    with open(f"{folder}.log", "a") as log:
-        return subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ,
-                                pass_fds=inherited, start_new_session=True)
-
-
-def run_all(todo, jobs, lock, results):
-    """Runs todo {folder: command}, `jobs` at a time, and keeps what ends well in results {folder:
-    results folder}; returns {folder: status} of what failed."""
-    waiting, running, ended = list(todo), {}, {}
-    with tqdm(total=len(todo), unit="run", smoothing=0, mininterval=5, miniters=0,
-              disable=not todo) as bar:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    running[waiting[0]] = start(waiting[0], todo[waiting[0]], lock)
-                    waiting.pop(0)
-                time.sleep(0.2)
-                for folder in [f for f, child in running.items() if child.poll() is not None]:
-                    ended[folder] = status = running.pop(folder).returncode
-                    message = f"exit status {status}"
-                    if not status:
-                        keep(folder, results[folder])
-                        last = figures.read_run(folder).progress["eval_return_mean"][-1]
-                        message = f"return {last:.1f}"
-                    bar.write(f"ended        {folder}: {message}")
-                    sys.stdout.flush()
-                    bar.update()
-                bar.update(0)  # the clock
-        finally:  # also Ctrl-C. In sessions of their own, the runs get one signal, ours, and save
-            for child in running.values():
-                child.send_signal(signal.SIGINT)
-            for child in running.values():
-                child.wait()
-    return {folder: status for folder, status in ended.items() if status}
-
-
-def closed_form(env):
-    """What is known exactly about returns in env. Who is not told the task gets 0 on average in the
-    first step and in each step at which the task is redrawn: it may be either way."""
-    if not hasattr(env.unwrapped, "ORACLE_RETURN"):
-        return ""
-    T, every = env.spec.max_episode_steps, env.unwrapped.switch_every
-    return (f" The best possible: {env.unwrapped.ORACLE_RETURN:g} if told the task, ({T} - 1) "
-            f"(1 - 1/{every}) = {(T - 1) * (1 - 1 / every):.2f} if not, 0 if blind to history.")
-
-
-def table(runs, line, args, env):
-    """Markdown of finished runs {label: [Run, ...]}; line is the command, args one run's flags."""
-    every = [run for twins in runs.values() for run in twins]
-    seconds = [sum(np.nansum(column) for name, column in run.progress.items()
-                   if name.startswith("seconds_")) for run in every]
-    configs = [json.loads((run.folder / "config.json").read_text()) for run in every]
-    used = {f"device {config['flags']['device']}, " + ", ".join(
-        f"{name} {version[:12]}" for name, version in config.get("versions", {}).items())
-            for config in configs}
-    machines = {config.get("cpu", "a CPU") for config in configs}
-    lines = [
-        f"`{line}`: {' and '.join(sorted(machines))}, one thread per run, median "
-        f"{np.median(seconds):.0f} s per run; {'; '.join(sorted(used))}.", "",
-        f"`{args.env}`, {args.eval_episodes} episodes after {args.N * args.E:,} env steps; means "
-        f"over seeds, that of the return with Student's 95 % interval.{closed_form(env)}", "",
-        "| variant | flags | final return | mean of all evaluations | right way | reward per step, "
-        f"first {early_steps(env)} after a switch / else | explained reward, held out | seeds |",
-        "|---|---|---|---|---|---|---|---|"]
-    for label, twins in runs.items():
-        def mean(column):
-            value = figures.known_mean(np.array(
-                [run.progress.get(column, [math.nan])[-1] for run in twins]))
-            return f"{value:.2f}" if math.isfinite(value) else "-"
-
-        flags, shows = ROWS[label]
-        lines.append("| " + " | ".join([
-            f"{label}: {shows}", f"`{flags}`" if flags else "-",
-            figures.with_interval([run.progress["eval_return_mean"][-1] for run in twins])
-            if twins else "-",
-            figures.with_interval([np.nanmean(run.progress["eval_return_mean"]) for run in twins])
-            if twins else "-",
-            mean("eval_right_way"),
-            mean("eval_reward_after_switch") + " / " + mean("eval_reward_otherwise"),
-            mean("model_explained_reward"),
-            " ".join(str(run.flags["seed"]) for run in twins) or "-"]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def build_parser():
-    p = OneLineParser("experiments.py", description=__doc__.split("\n\n")[0],
-                           usage="experiments.py [flags] [-- flags of m3po.py]")
-    p.add_argument("--env", default="point-fwd-bwd", metavar="NAME", help="(%(default)s)")
-    p.add_argument("--seeds", nargs="+", type=natural, default=[0, 1, 2, 3, 4], metavar="S",
-                   help="one run of each row per seed (0 1 2 3 4)")
-    p.add_argument("--only", nargs="+", choices=SLUGS, default=list(SLUGS), metavar="ROW",
-                   help=f"some of {', '.join(SLUGS)} (all)")
-    p.add_argument("--jobs", type=count, default=2, help="runs at a time, one thread each (2)")
-    p.add_argument("--out", type=Path, default=Path("runs/ablations"), metavar="DIR",
-                   help="for run folders; those in it are gone on with (%(default)s)")
-    p.add_argument("--results", type=Path, metavar="DIR",
-                   help="keeps what finished runs logged, which are not run again (results/ENV)")
-    return p
-
-
-def plan(args, rows, extra, parser):
-    """Every wanted run as (label, flags, flags as m3po.py reads them, run folder, results folder),
-    and the env."""
-    runs = []
-    for seed in dict.fromkeys(args.seeds):  # each seed with all its rows, so that the ETA is fair
-        for slug, label in rows.items():
-            flags = [*extra, *ROWS[label][0].split(), "--env", args.env, "--seed", str(seed)]
-            wanted, env, _ = m3po.parse_args(flags)  # refuses bad flags before anything starts
-            if not wanted.eval_episodes or wanted.N % wanted.eval_every:
-                parser.error("argument --eval-every: the last epoch must be evaluated")
-            place = f"{slug}/seed{seed}"
-            runs.append((label, flags, wanted, args.out / place, args.results / place))
-    return runs, env
+def epochs_done(run):
+    """Of a run that was begun; without a checkpoint it begins anew."""
+    if not (run.folder / "checkpoint.pt").exists():
+        return 0
+    try:
+        begun = figures.read_run(run.folder)
+    except figures.FigureError:  # stopped in its first epoch
+        return 0
+    refuse_others(run.folder, begun.flags, run.wanted, "--out")
+    return len(begun.progress["global_step"])
 
 
 def locked(file):
-    """Locks a file until all who hold it have ended; False if somebody else has. On Windows, which
-    has no fcntl, nobody is kept out."""
+    """Locks a file until this process has ended; False if somebody else has. On Windows, which has
+    no fcntl, nobody is kept out."""
     if not importlib.util.find_spec("fcntl"):
         return True
     import fcntl
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+    except OSError as error:  # a file system without locks keeps nobody out either
+        return not isinstance(error, BlockingIOError)
     return True
 
 
-def main(argv=None):
-    """Runs what is missing and writes the table. Returns the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+def is_running(run):
+    lock = Path(f"{run.folder}.lock")
+    if not lock.exists():
+        return False
+    with open(lock, "a") as file:
+        return not locked(file)
+
+
+def time_left(todo, kept, jobs):
+    """In words, by what the kept runs took: those of the same method and env, else those of the
+    method, else all."""
+    if not todo:
+        return "nothing left"
+    took = [(run.env, run.method, seconds(figures.read_run(run.result))) for run in kept]
+    if not took:
+        return "how long that takes is known when the first has ended"
+    total, guessed = 0.0, []
+    for run in todo:
+        of_method = [row for row in took if row[1] == run.method]
+        alike = [row for row in of_method if row[0] == run.env] or of_method or took
+        done = epochs_done(run) / run.wanted["N"]
+        total += np.mean([time for *_, time in alike]) * (1 - done)
+        if not of_method and run.method.label not in guessed:
+            guessed.append(run.method.label)
+    minutes = total / jobs / 60
+    text = f"about {minutes / 60:.1f} h" if minutes > 90 else f"about {minutes:.0f} min"
+    note = f" (none of {', '.join(guessed)} has ended: taken as the others)" if guessed else ""
+    return f"{text} left with {jobs} at a time{note}"
+
+
+# ---- running ------------------------------------------------------------------------------------
+
+
+def train(run):
+    """Trains the run in this process, from its checkpoint if it has one, and keeps what it logged.
+    Where a signal stops it, this ends the program with 128 + its number."""
+    program = run.method.program
+    with checkpoint.writing(run.folder.parent):
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{run.folder}.lock", "w") as lock:
+        if not locked(lock):
+            raise Refused(f"{run.folder} is in another process's hands")
+        where = ["--resume", str(run.folder)]
+        if not (run.folder / "checkpoint.pt").exists():
+            shutil.rmtree(run.folder, ignore_errors=True)  # killed before its first checkpoint
+            where[0] = "--out"
+        module = importlib.import_module("m3po" if program == "m3po" else f"baselines.{program}")
+        faults.run(program, module.main, *m3po.parse_args([*run.flags(), *where], program))
+        keep(run)
+    print(f"kept         {run.result}")
+
+
+def start(run, args):
+    """The run as a process of one thread, in a session of its own."""
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with checkpoint.writing(run.folder.parent):
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        log = open(f"{run.folder}.log", "a")
+    with log:
+        return subprocess.Popen(command(run, args), stdin=subprocess.DEVNULL, stdout=log,
+                                stderr=log, env=environ, start_new_session=True)
+
+
+def run_all(runs, todo, args):
+    """Runs todo, args.jobs at a time. Returns {run: status} of what failed, by name."""
+    waiting, running, failed = list(todo), [], {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                running.append((waiting[0], start(waiting[0], args)))
+                waiting.pop(0)
+            time.sleep(0.2)
+            for run, child in [pair for pair in running if pair[1].poll() is not None]:
+                running.remove((run, child))
+                outcome = f"exit status {child.returncode}, see {run.folder}.log"
+                if child.returncode:
+                    failed[str(run)] = outcome
+                else:
+                    ended = figures.read_run(run.result)
+                    outcome = (f"return {ended.progress['eval_return_mean'][-1]:.1f}, "
+                               f"{seconds(ended):.0f} s")
+                kept = [other for other in runs if is_kept(other)]
+                left = [*waiting, *(other for other, _ in running)]
+                print(f"ended        {run}: {outcome}; {len(kept)} of {len(runs)} done, "
+                      f"{time_left(left, kept, args.jobs)}", flush=True)
+    finally:  # also Ctrl-C. In sessions of their own, the runs get one signal, ours, and save
+        for _, child in running:
+            child.send_signal(signal.SIGINT)
+        for _, child in running:
+            child.wait()
+    return failed
+
+
+# ---- command line -------------------------------------------------------------------------------
+
+
+def build_parser():
+    p = flags.OneLineParser("experiments.py", description=__doc__.partition("\n\nOUT/")[0],
+                            usage="experiments.py [flags] [-- flags of every run]")
+    p.add_argument("--envs", nargs="+", default=["point-fwd-bwd"], metavar="NAME",
+                   help="(point-fwd-bwd)")
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=VARIANTS, metavar="METHOD",
+                   help=f"some of {', '.join(METHODS)} (all but the last three, the baselines)")
+    p.add_argument("--seeds", nargs="+", type=flags.natural, default=[0, 1, 2, 3, 4], metavar="S",
+                   help="(0 1 2 3 4)")
+    p.add_argument("--jobs", type=flags.count, default=2, metavar="RUNS",
+                   help="at a time, one thread each (2)")
+    p.add_argument("--tag", metavar="WORD", help="METHOD-WORD is the name of each method's folders:"
+                   " for the same methods with other flags")
+    p.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="DIR",
+                   help="for run folders; those in it are gone on with (%(default)s)")
+    p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR",
+                   help="keeps what finished runs logged, which are not run again (%(default)s)")
+    p.add_argument("--dry-run", action="store_true",
+                   help="say what is done, what remains and how long that will take; with --slurm"
+                   " print the script")
+    instead = p.add_mutually_exclusive_group()
+    instead.add_argument("--table", action="store_true", help="print the tables of what is done")
+    instead.add_argument("--print", action="store_true",
+                         help="print a command for each run that remains, one a line")
+    instead.add_argument("--slurm", nargs="?", type=Path, metavar="TEMPLATE",
+                         const=Path(__file__).with_name("slurm.sh"),
+                         help="submit what remains and is not in the queue as one array job"
+                         " (slurm.sh)")
+    return p
+
+
+def read_grid(argv):
+    """The command line: (args, runs, {name: env}, lines that say what was left out)."""
     cut = argv.index("--") if "--" in argv else len(argv)
-    parser, extra = build_parser(), argv[cut + 1:]
+    parser = build_parser()
     args = parser.parse_args(argv[:cut])
-    args.results = args.results or Path("results", args.env.replace("/", "-").replace(":", "-"))
-    for flag in extra:
-        if flag.split("=")[0] in ("--env", "--seed", "--out", "--resume"):
-            parser.error(f"argument {flag}: not after --, experiments.py sets it")
-    rows = {slug: label for slug, label in SLUGS.items() if slug in args.only}
-    runs, env = plan(args, rows, extra, parser)
+    for name in ("envs", "methods", "seeds"):  # nothing twice
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     for option, path in (("--out", args.out), ("--results", args.results)):
         if path.exists() and not path.is_dir():
             parser.error(f"argument {option}: {path} is no folder")
-    missing = [run for run in runs if not is_kept(run[-1], vars(run[2]))]
-    lines = {folder: command(folder, flags, vars(wanted))
-             for _, flags, wanted, folder, _ in missing}
-    todo = {folder: line for folder, line in lines.items() if line}
-    args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / "lock", "w") as lock:
-        if not locked(lock):
-            parser.error(f"argument --out: an earlier command's runs still go on in {args.out}")
-        print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before", flush=True)
-        results = {folder: result for *_, folder, result in runs}
-        for folder in lines.keys() - todo.keys():  # finished, and stopped before it was kept
-            keep(folder, results[folder])
-        failed = run_all(todo, args.jobs, lock, results)
-    finished = {label: [figures.read_run(result) for name, *_, folder, result in runs
-                        if name == label and folder not in failed] for label in rows.values()}
-    if any(finished.values()):
-        line = shlex.join(["python", "experiments.py", *argv])
-        markdown = table(finished, line, runs[-1][2], env)
-        (args.out / "table.md").write_text(markdown)
+    return args, *grid(args, argv[cut + 1:], parser)
+
+
+def main(argv=None):
+    """Does what was asked for. Returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args, runs, made, left_out = read_grid(argv)
+    kept = [run for run in runs if is_kept(run)]
+    line = shlex.join(["python", "experiments.py", *argv])
+    if args.table:
+        print(tables(runs, kept, made, line, left_out), end="")
+        return 0
+    missing = [run for run in runs if run not in kept]
+    todo = [run for run in missing if not is_running(run)]
+    begun = sum(epochs_done(run) > 0 for run in todo)
+    script = args.print or args.slurm  # on stdout
+    left = time_left(todo, kept, 1 if script else args.jobs)
+    print("\n".join([*left_out, f"{len(runs)} runs: {len(kept)} done, {len(missing) - len(todo)} "
+                     f"running elsewhere, {begun} begun, {len(todo) - begun} not; {left}"]),
+          file=sys.stderr if script else sys.stdout, flush=True)
+    if args.print:
+        print("".join(shlex.join(command(run, args)) + "\n" for run in todo), end="")
+    elif args.slurm:
+        slurm.submit(args.slurm, {run.folder: command(run, args) for run in todo}, args.out,
+                     args.dry_run)
+    elif args.dry_run:
+        for run in todo:
+            print(f"to do        {run}: {epochs_done(run)} of {run.wanted['N']} epochs")
+    elif len(runs) == 1:
+        train(runs[0]) if missing else None
+    else:
+        failed = run_all(runs, todo, args)
+        markdown = tables(runs, [run for run in runs if is_kept(run)], made, line, left_out)
+        args.out.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_atomically(args.out / "table.md", lambda f: f.write(markdown.encode()))
         print(f"\n{markdown}\nwritten      {args.out}/table.md, {args.results}")
-    for folder, status in failed.items():
-        print(f"failed       {folder}, exit status {status}: see {folder}.log")
-    return 1 if failed else 0
+        for name, outcome in failed.items():
+            print(f"failed       {name}: {outcome}")
+        return 1 if failed else 0
+    return 0
 
 
 if __name__ == "__main__":
@@ -277,6 +417,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", flush=True)
         sys.exit(130)
-    except (checkpoint.CheckpointError, figures.FigureError, play.PlayError, OSError,
-            ValueError) as error:
+    except (checkpoint.CheckpointError, figures.FigureError, play.PlayError, slurm.SlurmError,
+            Refused) as error:
         sys.exit(f"experiments.py: error: {error}")
