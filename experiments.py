@@ -237,6 +237,12 @@ def is_running(run):
         return not locked(file)
 
 
+def in_short(run):
+    """Of a kept run."""
+    kept = figures.read_run(run.result)
+    return f"return {kept.progress['eval_return_mean'][-1]:.1f}, {seconds(kept):.0f} s"
+
+
 def time_left(todo, kept, jobs):
     """In words, by what the kept runs took: those of the same method and env, else those of the
     method, else all."""
@@ -255,7 +261,7 @@ def time_left(todo, kept, jobs):
             guessed.append(run.method.label)
     minutes = total / jobs / 60
     text = f"about {minutes / 60:.1f} h" if minutes > 90 else f"about {minutes:.0f} min"
-    note = f" (none of {', '.join(guessed)} has ended: taken as the others)" if guessed else ""
+    note = f" (no run of {', '.join(guessed)} has ended: taken as the others)" if guessed else ""
     return f"{text} left with {jobs} at a time{note}"
 
 
@@ -303,13 +309,11 @@ def run_all(runs, todo, args):
             time.sleep(0.2)
             for run, child in [pair for pair in running if pair[1].poll() is not None]:
                 running.remove((run, child))
-                outcome = f"exit status {child.returncode}, see {run.folder}.log"
                 if child.returncode:
+                    outcome = f"exit status {child.returncode}, see {run.folder}.log"
                     failed[str(run)] = outcome
                 else:
-                    ended = figures.read_run(run.result)
-                    outcome = (f"return {ended.progress['eval_return_mean'][-1]:.1f}, "
-                               f"{seconds(ended):.0f} s")
+                    outcome = in_short(run)
                 kept = [other for other in runs if is_kept(other)]
                 left = [*waiting, *(other for other, _ in running)]
                 print(f"ended        {run}: {outcome}; {len(kept)} of {len(runs)} done, "
@@ -392,8 +396,11 @@ def main(argv=None):
         slurm.submit(args.slurm, {run.folder: command(run, args) for run in todo}, args.out,
                      args.dry_run)
     elif args.dry_run:
-        for run in todo:
-            print(f"to do        {run}: {epochs_done(run)} of {run.wanted['N']} epochs")
+        for run in kept:
+            print(f"done         {run}: {in_short(run)}")
+        for run in missing:
+            print(f"{'to do' if run in todo else 'running':12} {run}: {epochs_done(run)} of "
+                  f"{run.wanted['N']} epochs")
     elif len(runs) == 1:
         train(runs[0]) if missing else None
     else:

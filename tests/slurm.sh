@@ -9,7 +9,7 @@ PATH=$PATH:/usr/sbin
 mkdir "$1"
 dir=$(realpath "$1")
 name=$(hostname -s)
-port=$((20000 + $$ % 10000 * 2))  # and the next one
+port=$((20000 + $$ % 6000 * 2))  # and the next one
 mkdir "$dir/state" "$dir/spool"
 
 head -c 128 /dev/urandom > "$dir/munge.key"
@@ -56,7 +56,7 @@ trap 'exit 143' TERM INT
 munged --foreground --force --key-file="$dir/munge.key" --socket="$dir/munge.socket" \
     --pid-file="$dir/munge.pid" --log-file="$dir/munge.log" --seed-file="$dir/munge.seed" &
 pids+=($!)
-until [ -S "$dir/munge.socket" ]; do sleep 0.1; done
+until [ -S "$dir/munge.socket" ]; do kill -0 "${pids[0]}"; sleep 0.1; done
 slurmctld -D -i > "$dir/slurmctld.out" 2>&1 &
 pids+=($!)
 slurmd -D -N "$name" > "$dir/slurmd.out" 2>&1 &

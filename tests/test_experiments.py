@@ -236,7 +236,7 @@ def test_the_time_left_is_that_of_the_same_method_and_less_what_is_done(tmp_path
     assert left(["point-fwd-bwd/m3po/seed1"], kept) == "about 10 min left with 1 at a time"
     assert left(["ant-fwd-bwd/m3po/seed1"], kept, 2) == "about 25 min left with 2 at a time"
     assert left(["point-fwd-bwd/l2a/seed0", "point-fwd-bwd/m3po/seed1"], kept) == (
-        "about 40 min left with 1 at a time (none of L2A has ended: taken as the others)")
+        "about 40 min left with 1 at a time (no run of L2A has ended: taken as the others)")
     kept.append(took("point-fwd-bwd/l2a/seed0", 200))  # another env's run of L2A tells more
     assert left(["ant-fwd-bwd/l2a/seed0"], kept) == "about 3.3 h left with 1 at a time"
 
@@ -262,7 +262,10 @@ def test_each_printed_command_does_its_run_alone_wherever_it_is_started(
     assert experiments.main([*grid, "--print", "--", *TINY]) == 0
     assert capsys.readouterr().out == f"{blind}\n"
     assert experiments.main([*grid, "--dry-run", "--", *TINY]) == 0
-    assert capsys.readouterr().out.splitlines()[-2].startswith("2 runs: 1 done")
+    states = capsys.readouterr().out.splitlines()[-3:]
+    assert states[0].startswith("2 runs: 1 done")
+    assert states[1].startswith("done         point-fwd-bwd/pearl-small/seed0: return ")
+    assert states[2] == "to do        point-fwd-bwd/blind-small/seed0: 0 of 2 epochs"
 
 
 def test_a_run_that_was_stopped_ends_the_single_command_with_the_signals_status(
