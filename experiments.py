@@ -13,7 +13,7 @@ tables. Of a finished run RESULTS/ENV/METHOD/seedS keeps progress.csv and config
 git. What is there is never run again, so another machine goes on with the rest. Stop it with Ctrl-C
 at any time; the same command goes on. A run that fails does not stop the others; it is named at the
 end, with its log. A grid of one run trains in this process, and that is what a larger grid, SLURM
-or GNU parallel starts for each of its runs.
+or GNU parallel starts for each of its runs. The methods: METHODS in tables.py.
 """
 
 import importlib
@@ -28,7 +28,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -40,41 +39,7 @@ import m3po
 import play
 import slurm
 from logs import cpu_name
-from tables import seconds, tables
-
-
-class Method(NamedTuple):
-    label: str
-    flags: str  # that make it
-    shows: str
-    program: str = "m3po"
-
-    @property
-    def slug(self):
-        return self.label.lower().replace("=", "").replace(" ", "-")
-
-
-METHODS = {method.slug: method for method in [
-    Method("M3PO", "", "the default, k = 1"),
-    Method("k=2", "--k 2", "model errors over two steps"),
-    Method("k=5", "--k 5", "model errors over five steps"),
-    Method("Full", "--rollout full", "never branches from real histories"),
-    Method("M2PO", "--model mlp", "its model sees no history, so not the task"),
-    Method("M3PO-h", "--hybrid 5 10", "imagined data first, real data last (epochs for the toy)"),
-    Method("recurrent SAC", "--beta 0", "no model at all"),
-    Method("literal likelihood", "--beta-nll 0 --reward-weight 1",
-           "the loss as the paper prints it"),
-    Method("blind", "--L 0", "neither policy nor model sees history"),
-    Method("no reward token", "--no-token-reward", "a history without what tells the task"),
-    Method("oracle", "--oracle", "the task is shown: an upper bound"),
-    Method("PEARL", "", "the task guessed from the last steps, no model", "pearl"),
-    Method("L2A", "", "a model that adapts by one gradient step, planned in", "l2a"),
-    Method("GHP-MDP", "", "a model with a latent task, inferred and planned in", "ghp_mdp"),
-]}
-# What means nothing to recurrent SAC, whose results are the same before and after it changes.
-OF_THE_MODEL = set("M B k model_updates model_lr model_decay model_batch beta_nll reward_weight "
-                   "model_layer_norm retain rollout model".split())
-VARIANTS = [slug for slug, method in METHODS.items() if method.program == "m3po"]
+from tables import METHODS, Method, seconds, tables
 
 
 class Refused(ValueError):
@@ -166,6 +131,10 @@ def command(run, args):
 
 
 # ---- what is there ------------------------------------------------------------------------------
+
+# What means nothing to recurrent SAC, whose results are the same before and after it changes.
+OF_THE_MODEL = set("M B k model_updates model_lr model_decay model_batch beta_nll reward_weight "
+                   "model_layer_norm retain rollout model".split())
 
 
 def refuse_others(folder, trained, wanted, option):
@@ -334,7 +303,8 @@ def build_parser():
                             usage="experiments.py [flags] [-- flags of every run]")
     p.add_argument("--envs", nargs="+", default=["point-fwd-bwd"], metavar="NAME",
                    help="(point-fwd-bwd)")
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=VARIANTS, metavar="METHOD",
+    variants = [slug for slug, method in METHODS.items() if method.program == "m3po"]
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=variants, metavar="METHOD",
                    help=f"some of {', '.join(METHODS)} (all but the last three, the baselines)")
     p.add_argument("--seeds", nargs="+", type=flags.natural, default=[0, 1, 2, 3, 4], metavar="S",
                    help="(0 1 2 3 4)")

@@ -1,16 +1,47 @@
 """The tables that experiments.py writes of its grid: one per env, a row per method, in markdown.
 
-Whatever is here was read from progress.csv and config.json of finished runs. What has not ended is
-missing in the column of seeds.
+METHODS are the rows there may be. What stands in them was read from progress.csv and config.json of
+finished runs; the column of seeds says which have ended.
 """
 
 import json
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 import figures
 from evaluation import early_steps
+
+
+class Method(NamedTuple):
+    label: str
+    flags: str  # that make it
+    shows: str
+    program: str = "m3po"
+
+    @property
+    def slug(self):
+        return self.label.lower().replace("=", "").replace(" ", "-")
+
+
+METHODS = {method.slug: method for method in [
+    Method("M3PO", "", "the default, k = 1"),
+    Method("k=2", "--k 2", "model errors over two steps"),
+    Method("k=5", "--k 5", "model errors over five steps"),
+    Method("Full", "--rollout full", "never branches from real histories"),
+    Method("M2PO", "--model mlp", "its model sees no history, so not the task"),
+    Method("M3PO-h", "--hybrid 5 10", "imagined data first, real data last (epochs for the toy)"),
+    Method("recurrent SAC", "--beta 0", "no model at all"),
+    Method("literal likelihood", "--beta-nll 0 --reward-weight 1",
+           "the loss as the paper prints it"),
+    Method("blind", "--L 0", "neither policy nor model sees history"),
+    Method("no reward token", "--no-token-reward", "a history without what tells the task"),
+    Method("oracle", "--oracle", "the task is shown: an upper bound"),
+    Method("PEARL", "", "the task guessed from the last steps, no model", "pearl"),
+    Method("L2A", "", "a model that adapts by one gradient step, planned in", "l2a"),
+    Method("GHP-MDP", "", "a model with a latent task, inferred and planned in", "ghp_mdp"),
+]}
 
 
 def seconds(run):
