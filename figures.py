@@ -5,11 +5,11 @@
     python figures.py theory runs/* --out theory.png           Figures 11, 12, 17, and the two gaps
     python figures.py envs --out envs.png                      the environments (Figure 6)
 
-A run is a folder with config.json and progress.csv: a run folder, or what ablations.py keeps of one
-in results/. Only `adaptation` needs its agent.pt too. Runs are grouped by env and variant, which is
-what in config.json differs from m3po.py's defaults for that env. Lines are means over seeds, each
-seed faint; bands are Student's 95 % intervals, because a bootstrap over two to five seeds covers
-too little. A table prints beside each plot. Figure 4 comes from bounds.py.
+A run is a folder with config.json and progress.csv: a run folder, or what experiments.py keeps of
+one in results/. Only `adaptation` needs its agent.pt too. Runs are grouped by env and variant,
+which is what in config.json differs from m3po.py's defaults for that env. Lines are means over
+seeds, each seed faint; bands are Student's 95 % intervals, because a bootstrap over two to five
+seeds covers too little. A table prints beside each plot. Figure 4 comes from bounds.py.
 """
 
 import csv
