@@ -254,8 +254,10 @@ class ModelBuffer:
     STATE = ("tokens", "next_obs", "terminated", "origin", "depth", "living")  # by row
 
     def __init__(self, D_env, M, k, steps, terminated_fn):
-        """steps: env steps whose rollouts are kept. A longer k than this one does not fit later."""
+        """steps: env steps whose rollouts are kept. Later `self.k` may be set to anything from 1 to
+        this k, the one a row has room for."""
         self.D_env, self.M, self.k, self.terminated_fn = D_env, M, k, terminated_fn
+        self.longest = k
         self.own = min(k - 1, D_env.L)  # tokens before its own that a row holds
         self.blocks = steps * k  # of M rows
         new = lambda *shape, dtype=torch.float32: torch.zeros(
@@ -275,6 +277,8 @@ class ModelBuffer:
     @torch.no_grad()
     def rollout(self, policy, model):
         """Lines 6-9: M rollouts of k steps from histories drawn uniformly from D_env."""
+        if self.k > self.longest:
+            raise ValueError(f"k = {self.k}: D_model was made for at most {self.longest}")
         branches = branch(self.D_env, self.D_env.sample_rows(self.M))
         for _ in range(self.k):
             branches = self.step(branches, policy, model)

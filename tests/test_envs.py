@@ -42,6 +42,13 @@ TASKS = {
 }
 
 
+DIMS = {  # of observation and action
+    "point-fwd-bwd": (1, 1), "halfcheetah-fwd-bwd": (17, 6), "halfcheetah-pier": (17, 6),
+    "ant-fwd-bwd": (27, 8), "ant-crippled-leg": (27, 8), "walker2d-randomparams": (17, 6),
+    "humanoid-direc": (45, 17),
+}
+
+
 def make_fixed(name, task=None, seed=0):
     """The env after reset, with a task that stays; -> (env, obs)."""
     env = envs.make(name, switch_every=None if name == "halfcheetah-pier" else FAR)
@@ -92,8 +99,7 @@ def test_making_and_running_every_env_prints_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_made_envs_are_float32_with_unit_actions_and_the_dims_of_the_table(name):
-    obs_dim = dict(zip(NAMES, (1, 17, 17, 27, 27, 17, 45)))[name]
-    action_dim = dict(zip(NAMES, (1, 6, 6, 8, 8, 6, 17)))[name]
+    obs_dim, action_dim = DIMS[name]
     env = envs.make(name)
     assert env.action_space == Box(-1, 1, (action_dim,), np.float32)
     assert env.observation_space.shape == (obs_dim,)
@@ -814,6 +820,18 @@ def test_a_module_that_is_not_the_users_is_named_with_its_file(tmp_path, monkeyp
     assert f"The module own_empty is {tmp_path / 'own_empty.py'})" in str(error.value)
     with pytest.raises(ModuleNotFoundError, match="no_such_package"):  # its traceback says where
         envs.make("own_lacks:MyEnv-v0")
+
+
+def test_a_syntax_error_in_the_users_module_names_their_file_and_line(
+        tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_typo.py").write_text("import gymnasium\n\nclass MyEnv(gymnasium.Env:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    with pytest.raises(SyntaxError) as error:
+        envs.make("own_typo:MyEnv-v0")
+    printed = "".join(traceback.format_exception(error.value))
+    assert f'File "{tmp_path}/own_typo.py", line 3\n' in printed  # the last place of all
+    assert capsys.readouterr().err == "own_typo:MyEnv-v0: the env's own code failed in making it\n"
 
 
 

@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 
+import envs
 import figures
 import m3po
 from flags import differences
@@ -25,9 +27,21 @@ def test_every_figure_from_a_tiny_run_has_its_size(trained_runs, tmp_path, capsy
     read_image(both, (1560, 630))
 
 
-def test_the_gallery_shows_seven_environments(needs_opengl, tmp_path):
+@pytest.mark.parametrize("more, rows", [(0, 2), (1, 3)])  # of four; the toy takes two
+def test_the_gallery_shows_every_environment_also_those_you_add(
+        more, rows, needs_opengl, tmp_path, monkeypatch):
+    seven = ["point-fwd-bwd", "halfcheetah-fwd-bwd", "halfcheetah-pier", "ant-fwd-bwd",
+             "ant-crippled-leg", "walker2d-randomparams", "humanoid-direc"]
+    shown = {name: envs.ENVS[name] for name in seven} | {
+        f"mine-{i}": envs.ENVS["ant-fwd-bwd"] for i in range(more)}
+    monkeypatch.setattr(envs, "ENVS", shown)
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title",
+                        lambda ax, title, set_title=Axes.set_title, **kwargs:
+                        titles.append(title) or set_title(ax, title, **kwargs))
     figures.main(["envs", "--out", str(tmp_path / "e.png")])
-    read_image(tmp_path / "e.png", (1800, 810))
+    assert sorted(titles) == sorted(shown)
+    read_image(tmp_path / "e.png", (1800, 405 * rows))
 
 
 def test_the_interquartile_mean_of_known_values(tmp_path, capsys):

@@ -208,6 +208,10 @@ def test_a_k_that_changes_from_step_to_step_leaves_every_window_right():
             steps = real + [origin + 1_000 * d for d in range(depth)]
             assert window[mask][:, 0].tolist() == steps[-4:]
             assert window[mask][:, 2].tolist()[-depth or 9 :] == list(range(call - depth, call))
+    D_model.k, before = 6, D_model.state_dict()
+    with pytest.raises(ValueError, match="k = 6: D_model was made for at most 5"):
+        D_model.rollout(policy, FakeModel())  # a row has no room for its fifth token back
+    assert D_model.written == before["written"] and torch.equal(D_model.tokens, before["tokens"])
 
 
 def test_has_rows_is_right_at_every_step_and_seldom_looks(monkeypatch):
