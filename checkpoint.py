@@ -1,19 +1,21 @@
 """Nothing lost: checkpoints from which a run goes on as if it had never stopped.
 
-Two files in the run folder, each replaced in one atomic move, so that a kill at any moment or a
+Files in the run folder, each replaced in one atomic move, so that a kill at any moment or a
 full disk leaves the old one or the new one, complete:
 
     checkpoint.pt   everything: nets, targets, temperature, every optimizer, the model with its
                     statistics, D_env, D_model, random streams, the step, the current episode
     agent.pt        what is needed to use the agent: flags, policy, model (a few MB)
+    best.pt         the same of the agent whose evaluation had the highest mean so far
 
-Both name the method, "m3po" or a baseline. They hold tensors and plain Python values alone and are
+All name the method, "m3po" or a baseline. They hold tensors and plain Python values alone and are
 read with weights_only=True: a foreign file runs no code. The env itself is not saved. Every
 episode starts from its own seed, so the interrupted one is replayed: the same seed, the same
 actions, at the simulator's speed. That needs nothing of the env but Gymnasium's promise that
 reset(seed) makes it deterministic.
 """
 
+import copy
 import csv
 import os
 import pickle
@@ -26,7 +28,9 @@ import torch
 
 from envs import seeds
 
-VERSIONS = {"agent": 3, "run": 5}  # of what the two files hold
+VERSIONS = {"agent": 3, "run": 5}  # of what these files hold
+FIELDS = {"agent": {"flags": dict, "step": int}, "run": {  # beside the nets and the datasets
+    "flags": dict, "step": int, "progress": dict, "rng": torch.Tensor, "optimizers": list}}
 
 
 @dataclass
@@ -50,6 +54,7 @@ class Progress:
     seconds: dict = field(default_factory=dict)  # of this epoch, by part
     last: list = field(default_factory=lambda: [float("nan"), 0])  # evaluation: mean return, step
     best: list = field(default_factory=lambda: [float("-inf"), 0])
+    best_agent: dict = field(default_factory=dict)  # the nets at that step, for best.pt
 
     def note(self, losses):
         """The losses of the updates of the env step just taken; nothing waits for the GPU."""
@@ -94,12 +99,27 @@ def write_atomically(path, write):
                 f.flush()
                 os.fsync(f.fileno())  # on the disk, not in the page cache, before the name moves
             os.replace(temporary, path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            sync_folder(path.parent)
     except CheckpointError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder):
+    """Bring the names in a folder to the disk, where a folder can be opened: not on Windows."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def agent_file(path):
+    """agent.pt of a run folder. A path to a file, as RUN/best.pt, is taken as it is."""
+    return Path(path) if Path(path).suffix == ".pt" else Path(path) / "agent.pt"
 
 
 def read(path, kind, method=None):
@@ -116,6 +136,9 @@ def read(path, kind, method=None):
     if state.get("version") != VERSIONS[kind]:
         raise CheckpointError(f"{path}: field 'version' is {state.get('version')}, "
                               f"not {VERSIONS[kind]}")
+    for name, type_ in FIELDS[kind].items():
+        if not isinstance(state.get(name), type_):
+            raise CheckpointError(f"{path}: field {name!r} is missing or no {type_.__name__}")
     state.setdefault("method", "m3po")  # there was no other once
     if method and state["method"] != method:
         raise CheckpointError(f"{path} is of the method {state['method']}, not {method}")
@@ -128,13 +151,26 @@ def optimizers(nets):
             if isinstance(value, torch.optim.Optimizer)]
 
 
+def modules(parts):
+    """Those of parts {name: net or dataset} that make up the agent."""
+    return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+
+
+def keep_best(progress, **parts):
+    """After an epoch: if its evaluation is the best so far, a copy of the nets goes into progress,
+    and from there into each checkpoint, so that a resume has it too."""
+    if progress.best[1] == progress.step:
+        progress.best_agent = {name: copy.deepcopy(net.state_dict())
+                               for name, net in modules(parts).items()}
+
+
 def save(args, progress, **parts):
-    """Write agent.pt and checkpoint.pt into args.out. args and progress hold plain values, in lists
-    and dicts, and tensors. parts: the nets, which make up the agent, and the datasets."""
-    folder = Path(args.out)
-    nets = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
-    agent = {"version": VERSIONS["agent"], "kind": "agent", "method": args.method,
-             "flags": vars(args), "step": progress.step}
+    """Write agent.pt, best.pt and checkpoint.pt into args.out. args and progress hold plain values,
+    in lists and dicts, and tensors. parts: the nets, which make up the agent, and the datasets."""
+    folder, nets = Path(args.out), modules(parts)
+    header = {"version": VERSIONS["agent"], "kind": "agent", "method": args.method,
+              "flags": vars(args)}
+    agent = header | {"step": progress.step}
     agent |= {name: net.state_dict() for name, net in nets.items()}
     run = agent | {name: part.state_dict() for name, part in parts.items() if name not in nets} | {
         "version": VERSIONS["run"], "kind": "run", "progress": vars(progress),
@@ -142,6 +178,9 @@ def save(args, progress, **parts):
         "rng_cuda": torch.cuda.get_rng_state() if on_gpu(nets.values()) else None,
         "optimizers": [optimizer.state_dict() for optimizer in optimizers(nets.values())]}
     write_atomically(folder / "agent.pt", lambda f: torch.save(agent, f))
+    if progress.best_agent:
+        best = header | {"step": progress.best[1]} | progress.best_agent
+        write_atomically(folder / "best.pt", lambda f: torch.save(best, f))
     write_atomically(folder / "checkpoint.pt", lambda f: torch.save(run, f))
 
 
@@ -149,22 +188,25 @@ def on_gpu(nets):
     return any(weight.is_cuda for net in nets for weight in net.parameters())
 
 
-def restore(state, **parts):
-    """Load a "run" checkpoint into freshly built parts, as given to `save`, and the random streams;
-    returns progress as a dict."""
-    nets = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+def restore(state, progress, **parts):
+    """Load a "run" checkpoint into a fresh progress and freshly built parts, as given to `save`,
+    and the random streams."""
+    nets = modules(parts).values()
     try:
+        if strange := state["progress"].keys() - vars(progress):
+            raise ValueError(f"progress has {', '.join(sorted(map(str, strange)))}")
+        vars(progress).update(state["progress"])
         for name, part in parts.items():
             part.load_state_dict(state[name])
         for optimizer, saved in zip(optimizers(nets), state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    except (KeyError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        torch.set_rng_state(state["rng"])
+        if state["rng_cuda"] is not None and on_gpu(nets):
+            torch.cuda.set_rng_state(state["rng_cuda"])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        missing = "it lacks " if isinstance(error, KeyError) else ""  # whose text is the name alone
+        reason = missing + " ".join(str(error).split())[:200]
         raise CheckpointError(f"the checkpoint does not fit this run: {reason}") from error
-    torch.set_rng_state(state["rng"])
-    if state["rng_cuda"] is not None and on_gpu(nets):
-        torch.cuda.set_rng_state(state["rng_cuda"])
-    return state["progress"]
 
 
 def replay(env, progress, run_seed):
@@ -180,7 +222,7 @@ def cut_log(source, target, step):
     without a last line that was cut short."""
     if not source.exists():
         return
-    with open(source, newline="") as f:
+    with open(source, newline="", encoding="utf-8") as f:
         header, *rows = csv.reader(f) if source.stat().st_size else [[]]
     if "global_step" not in header:  # the disk was full before its first line was written
         target.unlink(missing_ok=True)

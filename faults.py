@@ -103,6 +103,7 @@ def in_one_line(method):
 
 def run(method, main, args, env, state):
     """main(args, env, state) as a program: with what stopped it in one line and the exit status."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # again: see the program's first lines
     with in_one_line(method):
         number = main(args, env, state)
     if number:

@@ -108,12 +108,12 @@ def read_run(folder):
             raise FigureError(f"{path} does not exist" + ("; did the first epoch end?"
                                                           if path == progress else ""))
     try:
-        flags = json.loads(config.read_text())["flags"]
+        flags = json.loads(config.read_text(encoding="utf-8"))["flags"]
         flags["env"], flags["seed"]
     except (ValueError, KeyError, TypeError) as error:
         raise FigureError(f"{config} is broken: no flags with env and seed") from error
     try:
-        with open(progress, newline="") as f:
+        with open(progress, newline="", encoding="utf-8") as f:
             header, *rows = list(csv.reader(f)) or [[]]
         rows = [row for row in rows if len(row) == len(header)]  # the last may be half written
         columns = {}

@@ -24,9 +24,13 @@ The clocks of one run (Table 2, halfcheetah-fwd-bwd):
     fit        every `--fit-every` env steps (the paper: once per epoch)
 """
 
+import signal
+
+if __name__ == "__main__":  # while torch is imported Ctrl-C just ends it; then see faults.run
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from argparse import Namespace
 from contextlib import closing
-from pathlib import Path
 
 import torch
 
@@ -82,6 +86,7 @@ def main(args, env, state=None):
             if progress.step == epoch * args.E:
                 columns = measure(args, progress, beta, **parts)
                 log.finish_epoch(policy, players, columns)
+                checkpoint.keep_best(progress, **parts)
             if stop.received or epoch % args.checkpoint_every == 0 or epoch == args.N:
                 save()
             if stop.received:
@@ -105,8 +110,8 @@ def begin(args, env, state):
         D_model = ModelBuffer(D_env, args.M, args.k, args.retain, ends)
     progress = Progress(torch.zeros(args.E, len(LOGGED), device=args.device), LOGGED)
     if state is not None:
-        progress = Progress(**checkpoint.restore(state, policy=policy, model=model, D_env=D_env,
-                                                 D_model=D_model))
+        checkpoint.restore(state, progress, policy=policy, model=model, D_env=D_env,
+                           D_model=D_model)
         progress.losses = progress.losses.to(args.device)
     return policy, model, D_env, D_model, progress
 
@@ -223,14 +228,15 @@ def parse_args(argv=None, method="m3po"):
 
 
 def open_agent(folder, method="m3po"):
-    """What agent.pt of a run folder holds, and its env and flags."""
-    agent = checkpoint.read(Path(folder) / "agent.pt", "agent", method)
+    """What agent.pt of a run folder, or a file such as RUN/best.pt, holds; its env and flags."""
+    agent = checkpoint.read(checkpoint.agent_file(folder), "agent", method)
     args = Namespace(**flags.defaults(agent["flags"]["env"], method) | agent["flags"])
     return agent, make_env(args), args
 
 
 def load(folder, device="cpu"):
-    """The trained agent of a run folder: (policy, model, env, args). Its use: docs/USING.md."""
+    """The trained agent of a run folder, or of RUN/best.pt: (policy, model, env, args). Its use:
+    docs/USING.md."""
     agent, env, args = open_agent(folder)
     policy, model = build(args, env, device)
     policy.load_state_dict(agent["policy"])

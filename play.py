@@ -1,6 +1,7 @@
 """Watch a trained agent adapt to the hidden task it cannot see.
 
     python play.py RUN_DIR                          ten episodes: returns, right way, after a switch
+    python play.py RUN_DIR --best                   the same with best.pt, not the last agent
     python play.py RUN_DIR --view                   the first of them in a window
     python play.py RUN_DIR --video turning.gif      around its first switch; .gif or .mp4
     python play.py RUN_DIR --strip strip.png        time-lapse of the whole episode, as in Figure 8
@@ -335,15 +336,16 @@ def video(film, path, start, end, every):
 
 def load(folder):
     """m3po.load or a baseline's, with whatever is wrong said in one line."""
+    file = checkpoint.agent_file(folder)
     try:
-        method = checkpoint.read(Path(folder) / "agent.pt", "agent")["method"]
+        method = checkpoint.read(file, "agent")["method"]
         module = m3po if method == "m3po" else importlib.import_module(f"baselines.{method}")
         return module.load(folder)
     except (checkpoint.CheckpointError, envs.EnvError) as error:
         raise PlayError(str(error)) from error
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise PlayError(f"{folder}/agent.pt does not fit this version of M3PO: {reason}") from error
+        raise PlayError(f"{file} does not fit this version of M3PO: {reason}") from error
 
 
 def report(episodes, gamma, early):
@@ -406,7 +408,7 @@ def check(args, env):
 
 
 def play(args):
-    policy, _, env, run = load(args.run)
+    policy, _, env, run = load(Path(args.run) / "best.pt" if args.best else args.run)
     check(args, env)
     film = Film(env) if args.view or args.video or args.strip else env
     others = [m3po.make_env(run) for _ in range(args.episodes - 1)]
@@ -436,6 +438,8 @@ def play(args):
 def build_parser():
     p = OneLineParser("play.py", description=__doc__.split("\n\n")[0])
     p.add_argument("run", metavar="RUN_DIR", help="a run folder, with its agent.pt")
+    p.add_argument("--best", action="store_true",
+                   help="the agent of the best evaluation (best.pt), not the last one")
     p.add_argument("--episodes", type=count, default=10, help="episodes to evaluate (10)")
     p.add_argument("--seed", type=natural, default=0,
                    help="of the episodes, which no training or evaluation saw (0)")

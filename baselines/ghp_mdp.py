@@ -88,6 +88,7 @@ def main(args, env, state=None):
             faults.check_finite(progress, planner, args.E)
             if progress.step == epoch * args.E:
                 log.finish_epoch(planner, players, {})
+                checkpoint.keep_best(progress, policy=planner)
             if stop.received or epoch % args.checkpoint_every == 0 or epoch == args.N:
                 save()
             if stop.received:
@@ -104,7 +105,7 @@ def begin(args, env, state):
     D_env = EnvBuffer(capacity, O, A, args.L, args.device)
     progress = Progress(torch.zeros(args.E, len(LOGGED), device=args.device), LOGGED)
     if state is not None:
-        progress = Progress(**checkpoint.restore(state, policy=planner, D_env=D_env))
+        checkpoint.restore(state, progress, policy=planner, D_env=D_env)
         progress.losses = progress.losses.to(args.device)
     return planner, D_env, progress
 

@@ -290,6 +290,7 @@ def main(args, env, state=None):
             faults.check_finite(progress, policy, args.E)
             if progress.step == epoch * args.E:
                 log.finish_epoch(policy, players, {})
+                checkpoint.keep_best(progress, policy=policy)
             if stop.received or epoch % args.checkpoint_every == 0 or epoch == args.N:
                 save()
             if stop.received:
@@ -305,7 +306,7 @@ def begin(args, env, state):
     D_env = EnvBuffer(capacity, policy.model.obs_dim, policy.act_dim, args.L, args.device)
     progress = Progress(torch.zeros(args.E, len(LOGGED), device=args.device), LOGGED)
     if state is not None:
-        progress = Progress(**checkpoint.restore(state, policy=policy, D_env=D_env))
+        checkpoint.restore(state, progress, policy=policy, D_env=D_env)
         progress.losses = progress.losses.to(args.device)
     return policy, D_env, progress
 

@@ -85,6 +85,7 @@ def main(args, env, state=None):
             faults.check_finite(progress, policy, args.E)
             if progress.step == epoch * args.E:
                 log.finish_epoch(policy, players, {"alpha": policy.sac.log_alpha.exp().item()})
+                checkpoint.keep_best(progress, policy=policy)
             if stop.received or epoch % args.checkpoint_every == 0 or epoch == args.N:
                 save()
             if stop.received:
@@ -216,7 +217,7 @@ def begin(args, env, state):
     logged = (*LOGGED, "z_kl")
     progress = Progress(torch.zeros(args.E, len(logged), device=args.device), logged)
     if state is not None:
-        progress = Progress(**checkpoint.restore(state, policy=policy, D_env=D_env))
+        checkpoint.restore(state, progress, policy=policy, D_env=D_env)
         progress.losses = progress.losses.to(args.device)
     return policy, D_env, progress
 

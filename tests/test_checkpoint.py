@@ -14,9 +14,12 @@ import checkpoint
 import envs
 import evaluation
 import faults
+import logs
 import m3po
 import speed
-from tests.conftest import TINY, assert_same_run, parse, read_rows, resume_run, run
+from tests.conftest import (
+    TINY, assert_same_run, parse, read_rows, resume_run, run, state_differences,
+)
 
 
 def test_resuming_into_another_folder_leaves_the_first_alone(tmp_path):
@@ -76,6 +79,31 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line_and_runs_no_code(
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.parametrize("change, says", [
+    (lambda state: state.pop("flags"), "'flags' is missing"),
+    (lambda state: state.pop("rng"), "'rng' is missing"),
+    (lambda state: state.update(progress=[1]), "'progress' is missing or no dict"),
+    (lambda state: state.pop("D_env"), "lacks 'D_env'"),
+    (lambda state: state.pop("rng_cuda"), "lacks 'rng_cuda'"),
+    (lambda state: state["D_model"].pop("written"), "lacks 'written'"),
+    (lambda state: state["progress"].update(note="mine"), "progress has note"),
+    (lambda state: state.update(policy=3), "does not fit"),
+    (lambda state: state.update(rng=torch.zeros(3)), "does not fit"),
+])
+def test_a_checkpoint_edited_by_hand_is_one_line(change, says, tmp_path, capsys, monkeypatch):
+    run(tmp_path / "a")
+    path = tmp_path / "a/checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    monkeypatch.setattr(sys, "argv", ["m3po.py", "--resume", str(tmp_path / "a"), "--N", "3"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        m3po.command_line()
+    line = capsys.readouterr().err or str(stop.value.code)
+    assert says in line and line.startswith("m3po.py: error: ") and line.strip().count("\n") == 0
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused_naming_the_field(tmp_path):
     run(tmp_path / "a")
     args, env, state = parse("--resume", tmp_path / "a", "--N", 3)
@@ -102,6 +130,53 @@ def test_a_full_disk_leaves_the_checkpoint_before(where, tmp_path, monkeypatch):
     with pytest.raises(checkpoint.CheckpointError, match="still valid"):
         checkpoint.write_atomically(path, write)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_full_disk_at_the_first_checkpoint_does_not_say_that_there_is_one(tmp_path):
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        checkpoint.write_atomically(tmp_path / "checkpoint.pt", full)
+    assert "No space" in str(error.value) and "valid" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_best_agent_is_kept_beside_the_last_also_through_a_resume(tmp_path, monkeypatch):
+    returns = {40: 1.0, 80: 5.0, 120: 3.0, 160: 5.0, 200: 4.0}  # of two equal ones, the later
+
+    def summarise(log):
+        metrics = {"eval_return_std": 0.0, "eval_return_mean": returns[log.progress.step]}
+        return torch.zeros(2), torch.ones(2), metrics
+
+    evaluate = logs.Log.evaluate
+
+    def scripted(self, *args):
+        monkeypatch.setattr(logs, "summarise", lambda *_: summarise(self))
+        return evaluate(self, *args)
+
+    monkeypatch.setattr(logs.Log, "evaluate", scripted)
+    agent = lambda folder, name: checkpoint.read(folder / name, "agent")
+    nets = lambda state: {name: state[name] for name in ("step", "policy", "model")}
+    same = lambda a, b: state_differences(nets(a), nets(b)) == []
+    a = run(tmp_path / "a")
+    second = agent(a, "best.pt")
+    assert second["step"] == 80 and same(second, agent(a, "agent.pt"))
+    m3po.main(*parse("--resume", a, "--N", 3, "--out", tmp_path / "b"))
+    assert same(agent(tmp_path / "b", "best.pt"), second)
+    assert not same(agent(tmp_path / "b", "agent.pt"), second)
+    assert same(agent(resume_run(a, "--N", 4), "best.pt"), agent(a, "agent.pt"))
+    resume_run(a, "--N", 5)
+    at_once = run(tmp_path / "c", "--N", 5)
+    assert agent(a, "best.pt")["step"] == 160 != agent(a, "agent.pt")["step"]
+    assert same(agent(a, "best.pt"), agent(at_once, "best.pt"))
+    assert_same_run(a, at_once)
+    policy, *_ = m3po.load(a / "best.pt")
+    assert state_differences(policy.state_dict(), agent(a, "best.pt")["policy"]) == []
+
+
+def test_without_an_evaluation_there_is_no_best_agent(tmp_path):
+    assert not (run(tmp_path / "a", "--eval-episodes", 0) / "best.pt").exists()
 
 
 def test_a_checkpoint_has_the_same_names_compiled_and_eager(tmp_path):

@@ -1,8 +1,10 @@
 """faults.py: what stops a run before its end, and what is then saved and said."""
 
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium as gym
 import pytest
@@ -125,6 +127,21 @@ def test_a_full_disk_while_logging_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("csv.DictWriter.writerows", full)
     with pytest.raises(checkpoint.CheckpointError, match="eval.csv could not be written.*No space"):
         run(tmp_path / "a")
+
+
+@pytest.mark.parametrize("program", [["m3po.py"], ["-m", "baselines.pearl"]])
+def test_ctrl_c_in_the_first_seconds_while_torch_is_imported_prints_nothing(program, tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(60)\n")
+    done = subprocess.run([sys.executable, *program], cwd=Path(m3po.__file__).parent, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_importing_m3po_or_a_baseline_leaves_ctrl_c_alone():
+    code = ("import signal, m3po, baselines.pearl\n"
+            "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n")
+    subprocess.run([sys.executable, "-c", code], cwd=Path(m3po.__file__).parent, check=True)
 
 
 def test_ctrl_c_before_training_is_no_traceback(monkeypatch, capsys):

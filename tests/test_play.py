@@ -35,6 +35,19 @@ def test_play_evaluates_as_training_does_and_says_how_the_agent_fared(trained_ru
     assert "right way" in printed and "after a switch" in printed
 
 
+def test_best_plays_best_pt(trained_runs, tmp_path, capsys):
+    agent = Path(trained_runs["toy"]) / "agent.pt"
+    (tmp_path / "best.pt").write_bytes(agent.read_bytes())
+    argv = ["--episodes", "2", "--seed", "5"]
+    play.main([trained_runs["toy"], *argv])
+    last = capsys.readouterr().out
+    play.main([str(tmp_path), "--best", *argv])
+    assert capsys.readouterr().out == last
+    assert "agent.pt does not exist" in error_line(capsys, play, tmp_path)
+    (tmp_path / "best.pt").rename(tmp_path / "agent.pt")
+    assert "best.pt does not exist" in error_line(capsys, play, tmp_path, "--best")
+
+
 def test_the_toy_gets_a_strip_and_a_gif_with_a_frame_per_step(trained_runs, tmp_path):
     strip, gif = tmp_path / "s.png", tmp_path / "v.gif"
     play.main([trained_runs["toy"], "--episodes", "1", "--strip", str(strip)])
