@@ -39,7 +39,7 @@ DEFAULTS = dict(
     rollout="branched", model="gru", hybrid=None, beta=0.5, no_token_reward=False,
     # running
     device="auto", threads=None, compile="auto", eval_episodes=50, eval_every=1, diagnose_every=10,
-    checkpoint_every=1, out=None, resume=None)
+    checkpoint_every=1, track=False, out=None, resume=None)
 # What is different for an env; your own env has no row.
 BY_ENV = {
     "point-fwd-bwd": dict(N=15, E=200, M=200, G=4, L=3, width=64, warmup=200, fit_every=100,
@@ -57,9 +57,9 @@ SHORT = {"point-fwd-bwd": "toy", "halfcheetah-pier": "pier", "walker2d-randompar
 
 # What every method has; the rest is M3PO's.
 EVERY = """env oracle switch_every seed N E L width env_capacity warmup gamma device threads
-eval_episodes eval_every checkpoint_every out resume""".split()
+eval_episodes eval_every checkpoint_every track out resume""".split()
 
-MAY_CHANGE = {"N", "out", "device", "threads", "compile", "resume"}  # from a run to its resume
+MAY_CHANGE = {"N", "out", "device", "threads", "compile", "track", "resume"}  # in a resume
 CHANGES_NO_LEARNING = MAY_CHANGE | {"env", "seed", "eval_episodes", "eval_every", "diagnose_every",
                                     "checkpoint_every", "env_capacity"}
 ONE_THREAD = 128  # units of width up to which a second thread of torch costs more than it brings
@@ -197,7 +197,8 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
     add("--M", "--model-rollouts", type=count, metavar="ROLLOUTS",
         help="model rollouts per env step")
     add("--k", "--rollout-length", type=count, metavar="STEPS", help="model steps per rollout")
-    add("--B", "--ensemble-size", type=count, metavar="MEMBERS", help="of the meta-model")
+    add("--B", "--ensemble-size", type=in_range(int, 1, 1_000), metavar="MEMBERS",
+        help="of the meta-model")
     add("--z-dim", type=count, metavar="UNITS", help="of z")
 
     add("--newest-token", action=argparse.BooleanOptionalAction,
@@ -261,6 +262,8 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
     add("--diagnose-every", type=natural, metavar="EPOCHS",
         help="between measurements of model error by depth and eps_pi; 0 never")
     add("--checkpoint-every", type=count, metavar="EPOCHS", help="between checkpoints")
+    add("--track", action=argparse.BooleanOptionalAction,
+        help="log to Weights & Biases too; needs pip install wandb")
     add("--compile", choices=("auto", "on", "off"),
         help="torch.compile, and on a GPU CUDA graphs (see speed.py): a minute or two first, then a"
         " third faster; auto: from 10,000 updates per epoch on")
@@ -287,6 +290,8 @@ def parse(argv=None, method="m3po"):
     if "warmup" not in given | saved:
         flags.warmup = default_warmup(vars(flags))
     choose_device(parser, flags, given)
+    if flags.track:
+        check_tracker(parser)
     if method == "m3po":
         check_variants(parser, flags, given, state)
     if state and flags.N * flags.E < state["step"]:
@@ -326,6 +331,13 @@ def checkpoint_to_resume(parser, folder, given, method):
             parser.refuse(name, f"{given[name]} contradicts the checkpoint, which has "
                                 f"{state['flags'].get(name)}")
     return state
+
+
+def check_tracker(parser):
+    try:
+        from wandb import init as _  # not the package alone: a folder wandb/ counts as one
+    except ImportError:
+        parser.refuse("track", "needs Weights & Biases: python -m pip install wandb")
 
 
 def choose_device(parser, flags, given):

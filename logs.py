@@ -5,6 +5,7 @@
                     empty what it has not and adds what it alone has
     eval.csv        one row per evaluation episode
     events.*        the same numbers for TensorBoard, where it is installed
+    wandb/          the same for Weights & Biases, with --track
 """
 
 import csv
@@ -18,6 +19,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import gymnasium as gym
 import numpy as np
@@ -28,7 +30,7 @@ import checkpoint
 import diagnostics
 import envs
 from evaluation import early_steps, summarise
-from flags import differences
+from flags import differences, program
 
 FIELDS = [*"""epoch global_step eval_return_mean eval_return_std eval_length_mean
 eval_discounted_return eval_reward_after_switch eval_reward_otherwise eval_right_way eval_faults
@@ -52,7 +54,7 @@ def clock(progress, part):
 
 def append_csv(path, fields, rows):
     new = not path.exists()
-    with checkpoint.writing(path), open(path, "a", newline="") as f:
+    with checkpoint.writing(path), open(path, "a", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, fields)
         if new:
             writer.writeheader()
@@ -66,6 +68,26 @@ def tensorboard(folder, step):
     except ImportError:
         return None
     return SummaryWriter(folder, purge_step=step + 1)
+
+
+def weights_and_biases(args, out):
+    """With --track a run of Weights & Biases, else None. A resume goes on with the same one."""
+    if not args.track:
+        return None
+    import wandb
+    name = out / "wandb_id.txt"
+    if not name.exists():
+        name.write_text(uuid4().hex, encoding="utf-8")
+    try:
+        tracker = wandb.init(project=os.environ.get("WANDB_PROJECT", "m3po"), name=out.name,
+                             id=name.read_text(encoding="utf-8"), resume="allow", dir=out,
+                             config=vars(args))
+    except wandb.Error as error:
+        sys.exit(f"{program(args.method)}: error: --track: {' '.join(str(error).split())} "
+                 "(WANDB_MODE=offline needs no account)")
+    # Not its own count of rows, which must rise: a resume writes the last ones again, the same.
+    tracker.define_metric("*", step_metric="global_step")
+    return tracker
 
 
 def open_run_folder(args, step):
@@ -89,6 +111,7 @@ class Log:
         self.seconds = Counter()  # by part, since this process began
         self.out = open_run_folder(args, progress.epoch * args.E)
         self.board = tensorboard(args.out, progress.step)
+        self.tracker = weights_and_biases(args, self.out)
         print(describe(args, env, progress), flush=True)
         print(LEGEND, flush=True)
         self.bar = self.new_bar(progress.step)
@@ -152,9 +175,12 @@ class Log:
         row |= {f"seconds_{part}": seconds for part, seconds in progress.seconds.items()}
         own = [name for name in logged if name not in FIELDS]
         append_csv(self.out / "progress.csv", FIELDS + own, [row])
-        for name, value in row.items() if self.board else ():
-            group = "losses" if name in logged else "charts"
-            self.board.add_scalar(f"{group}/{name}", value, row["global_step"])
+        grouped = {f"{'losses' if name in logged else 'charts'}/{name}": value
+                   for name, value in row.items()}
+        for name, value in grouped.items() if self.board else ():
+            self.board.add_scalar(name, value, row["global_step"])
+        if self.tracker:
+            self.tracker.log({"global_step": row["global_step"]} | grouped)
         self.seconds.update(progress.seconds)
         self.say(epoch_line(row, progress))
         if history_is_no_help(row):
@@ -172,12 +198,14 @@ class Log:
         """The last lines of a run that reached its end."""
         progress = self.progress
         if progress.last[1]:
-            self.say("evaluation   last {:.1f} at step {:,}, best {:.1f} at step {:,}".format(
-                *progress.last, *progress.best))
+            self.say("evaluation   last {:.1f} at step {:,}, best {:.1f} at step {:,} (best.pt)"
+                     .format(*progress.last, *progress.best))
         split = ", ".join(f"{part} {seconds:.0f}" for part, seconds in self.seconds.items())
         self.say(f"seconds      {split or 'none'}")
         self.say(f"to see it    {self.out}/progress.csv, eval.csv; agent.pt and checkpoint.pt hold"
                  " the agent")
+        if self.tracker:  # else, at the program's end, wandb does it and says that it broke off
+            self.tracker.finish()
 
     def close(self):
         self.bar.close()
@@ -219,7 +247,8 @@ def epoch_line(row, progress):
 
 
 def cpu_name():
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    info = Path("/proc/cpuinfo")
+    info = info.read_text(encoding="utf-8") if info.exists() else ""  # Linux has it
     names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or 'a CPU'}"
 
@@ -227,7 +256,7 @@ def cpu_name():
 def versions():
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True, check=False).stdout.strip()
+                                capture_output=True, encoding="utf-8", check=False).stdout.strip()
     except OSError:  # no git here
         commit = ""
     return {"python": platform.python_version(), "torch": torch.__version__,

@@ -1,6 +1,7 @@
 """The command line of m3po.py: defaults, and what is refused."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def test_the_toy_alone_has_no_layer_norm():
 @pytest.mark.parametrize("given, says", [
     (["--bogus"], "--bogus"), (["--epoch", "3"], "--epoch"), (["--k", "0"], "[1, inf)"),
     (["--k", "1.5"], "whole"), (["--gamma", "1"], "[0, 1)"), (["--gamma", "nan"], "[0, 1)"),
-    (["--lr", "-1"], "(0, inf)"), (["--lr", "inf"], "(0, inf)"), (["--B", "0"], "[1, inf)"),
+    (["--lr", "-1"], "(0, inf)"), (["--lr", "inf"], "(0, inf)"), (["--B", "0"], "[1, 1000]"),
     (["--tau", "0"], "(0, 1]"), (["--alpha", "0"], "(0, inf)"), (["--warmup", "0"], "[1, inf)"),
     (["--warmup", "9999"], "--warmup"), (["--beta", "1.1"], "[0, 1]"), (["--hybrid", "3"], "A < B"),
     (["--hybrid"], "Table 3"), (["--hybrid", "1", "2", "--beta", "0.5"], "--beta"),
@@ -29,12 +30,20 @@ def test_the_toy_alone_has_no_layer_norm():
     (["--resume", "nowhere"], "nowhere"), (["--eval-episodes", "-1"], "[0, inf)"),
     (["--env", "halfcheetah-pier", "--switch-every", "9"], "switch"), (["--device", "tpu"], "cuda"),
     (["--resume", ""], "--resume"), (["--seed", "9" * 400], "[0, 4294967295]"),
-    (["--N", "1__0"], "whole"),
+    (["--N", "1__0"], "whole"), (["--B", "100000000"], "[1, 1000]"),
     (["--rollout", "full", "--k", "2"], "--k"),
 ])
 def test_an_impossible_flag_is_one_line_that_names_it_and_nothing_is_created(
         given, says, tmp_path, monkeypatch, capsys):
     assert_refused(m3po.parse_args, given, says, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("what_is_there", [None, type(sys)("wandb")])  # nothing, a folder wandb/
+def test_track_without_weights_and_biases_says_how_to_install_it(
+        what_is_there, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", what_is_there)
+    assert_refused(m3po.parse_args, ["--track"], "--track: needs Weights & Biases: python -m pip "
+                   "install wandb", tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

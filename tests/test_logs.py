@@ -13,7 +13,7 @@ import pytest
 import checkpoint
 import logs
 import m3po
-from tests.conftest import TINY, read_rows, run
+from tests.conftest import TINY, read_rows, resume_run, run
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch):
@@ -37,6 +37,53 @@ def test_tensorboard_gets_every_number_where_it_is_installed(monkeypatch, tmp_pa
     assert ("losses/q_loss", 80) in written and ("charts/eval_return_mean", 40) in written
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert logs.tensorboard(tmp_path, 0) is None
+
+
+def fake_wandb(monkeypatch, error=None):
+    """A module wandb, and a list of what is called in it."""
+    calls, module = [], type(sys)("wandb")
+
+    class Run:
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: calls.append((name, args, kwargs))
+
+    def init(**kwargs):
+        calls.append(("init", (), kwargs))
+        if error:
+            raise module.Error(error)
+        return Run()
+
+    module.init, module.Error = init, type("Error", (Exception,), {})
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return calls
+
+
+def test_track_sends_every_row_to_weights_and_biases_and_a_resume_to_the_same_run(
+        tmp_path, monkeypatch):
+    calls = fake_wandb(monkeypatch)
+    run(tmp_path / "a", "--track")
+    resume_run(tmp_path / "a", "--N", 3)
+    assert [name for name, *_ in calls] == ["init", "define_metric", "log", "log", "finish",
+                                            "init", "define_metric", "log", "finish"]
+    first, second = (kwargs for name, _, kwargs in calls if name == "init")
+    assert first["id"] == second["id"] and first["resume"] == "allow"
+    assert (first["dir"], first["name"]) == (tmp_path / "a", "a") and first["config"]["G"] == 2
+    rows = [args[0] for name, args, _ in calls if name == "log"]
+    assert [row["global_step"] for row in rows] == [40, 80, 120]
+    assert rows[1]["losses/q_loss"] == float(read_rows(tmp_path / "a")[1]["q_loss"])
+    assert "charts/eval_return_mean" in rows[0]
+    resume_run(tmp_path / "a", "--N", 4, "--no-track")
+    assert len(calls) == 9
+    run(tmp_path / "b", "--track")
+    assert calls[9][2]["id"] != first["id"]
+
+
+def test_weights_and_biases_without_an_account_is_one_line(tmp_path, monkeypatch):
+    fake_wandb(monkeypatch, "No API key\nconfigured.")
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "a", "--track")
+    assert stop.value.code == ("m3po.py: error: --track: No API key configured. "
+                               "(WANDB_MODE=offline needs no account)")
 
 
 def test_a_model_that_was_never_fitted_has_no_errors_in_the_log(tmp_path):
