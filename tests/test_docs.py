@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import figures
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TINY = ("--N 2 --E 40 --warmup 20 --fit-every 20 --M 4 --G 1 --width 8 --model-updates .1 "
@@ -45,6 +47,11 @@ def test_every_link_leads_to_a_file_and_a_heading(document):
         target = document.parent / name if name else document
         assert target.is_file(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readmes_figure_can_be_drawn_in_a_fresh_clone():
+    pattern = re.search(r"figures.py curves (results/\S+)", (ROOT / "README.md").read_text())[1]
+    assert figures.read_runs(sorted(ROOT.glob(pattern)))[0]["point-fwd-bwd"]
 
 
 @pytest.mark.parametrize("log", ["progress.csv", "eval.csv"])
