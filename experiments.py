@@ -166,7 +166,7 @@ def keep(run):
     with checkpoint.writing(run.result):
         run.result.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run.folder / "progress.csv", run.result / "progress.csv")
-    config = json.loads((run.folder / "config.json").read_text())
+    config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
     config["flags"] |= {"out": str(run), "resume": None}
     config["cpu"] = cpu_name()
     text = json.dumps(config, indent=1) + "\n"
@@ -267,6 +267,14 @@ def start(run, args):
                                 stderr=log, env=environ, start_new_session=True)
 
 
+def interrupt(child):
+    """Ctrl-C for a run. Windows has no such signal to send, and there the console has sent it."""
+    try:
+        child.send_signal(signal.SIGINT)
+    except ValueError:
+        pass
+
+
 def run_all(runs, todo, args):
     """Runs todo, args.jobs at a time. Returns {run: status} of what failed, by name."""
     waiting, running, failed = list(todo), [], {}
@@ -289,7 +297,7 @@ def run_all(runs, todo, args):
                       f"{time_left(left, kept, args.jobs)}", flush=True)
     finally:  # also Ctrl-C. In sessions of their own, the runs get one signal, ours, and save
         for _, child in running:
-            child.send_signal(signal.SIGINT)
+            interrupt(child)
         for _, child in running:
             child.wait()
     return failed

@@ -106,7 +106,8 @@ def tables(runs, kept, made, line, left_out):
     if not kept:
         return "No run of this grid has ended yet.\n"
     kept = {run.folder: figures.read_run(run.result) for run in kept}
-    configs = [json.loads((run.folder / "config.json").read_text()) for run in kept.values()]
+    configs = [json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
+               for run in kept.values()]
     used = {f"device {config['flags']['device']}, " + ", ".join(
         f"{name} {version[:12]}" for name, version in config.get("versions", {}).items())
             for config in configs}

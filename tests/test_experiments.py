@@ -320,6 +320,27 @@ def test_stopping_the_experiments_sends_each_run_one_signal_and_waits_until_it_h
     assert [(folder / "saved").exists() for folder in folders] == [True, True, False]
 
 
+def test_where_no_run_can_be_sent_ctrl_c_stopping_still_waits_for_them(tmp_path, monkeypatch):
+    class Child:  # as on Windows
+        waited = False
+
+        def send_signal(self, number):
+            raise ValueError(f"Unsupported signal: {number}")
+
+        def poll(self):
+            raise KeyboardInterrupt  # from the console, to them as well
+
+        def wait(self):
+            self.waited = True
+
+    child = Child()
+    monkeypatch.setattr(experiments, "start", lambda run, args: child)
+    args, runs, _, _ = wanted("--methods", "m3po", "--seeds", 0, "--out", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        experiments.run_all(runs, runs, args)
+    assert child.waited
+
+
 @pytest.mark.parametrize("flags, says", [
     (["--methods", "nope"], "recurrent-sac"), (["--jobs", "0"], "[1, inf)"),
     (["--seeds", "-1"], "--seeds"), (["--table", "--print"], "not allowed"),
