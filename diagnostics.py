@@ -92,8 +92,9 @@ def q_and_soft_return(policy, episodes):
 def blind_model(model, D_env, steps=2_000):
     """A model of as many members that sees no history, fitted to the same rows: what it explains
     too tells nothing of a hidden task."""
-    blind = MetaModel(model.obs_dim, model.act_dim, len(model.min_logvar), [w.shape[1] for w in model.net.w[1:]],
-                      token_dim=0, layer_norm=model.net.layer_norm, beta_nll=model.beta_nll,
+    widths = [w.shape[1] for w in model.net.w[1:]]
+    blind = MetaModel(model.obs_dim, model.act_dim, len(model.min_logvar), widths, token_dim=0,
+                      layer_norm=model.net.layer_norm, beta_nll=model.beta_nll,
                       weight_decay=model.optimizer.param_groups[0]["weight_decay"],
                       steps_per_row=steps / D_env.total).to(D_env.device)
     blind.weight.copy_(model.weight)

@@ -218,7 +218,8 @@ def summary(groups):
                          with_interval(values[:, -5:].mean(1)), with_interval(last),
                          f"{area.mean():.1f}", f"{stats.trim_mean(last, 0.25):.1f}",
                          f"{seconds / len(runs) / 60:.1f} min" if seconds else "-"))
-    print_table(("env", "variant", "seeds", "1000 steps", "last five [95 %]", "last return [95 %]", "area under curve",
+    print_table(("env", "variant", "seeds", "1000 steps", "last five [95 %]",
+                 "last return [95 %]", "area under curve",
                  "IQM of last", "wall time"), *rows)
 
 

@@ -39,8 +39,8 @@ model_nll_train model_explained_reward model_explained_obs model_fresh_nll
 model_fresh_explained_reward model_fresh_explained_obs model_fits model_gradient_steps imagined
 terminated_share nonfinite_share dropped_transitions""".split(), *diagnostics.FIELDS,
           *(f"seconds_{part}" for part in "env fit rollouts updates eval diagnose".split())]
-LEGEND = ("legend       alpha: weight of the policy's entropy; explained: fraction of the variance of "
-          "r (rewards) and\n             o (observations) that the model predicted in this epoch's "
+LEGEND = ("legend       alpha: weight of the policy's entropy; explained: fraction of the variance "
+          "of r (rewards) and\n             o (observations) that the model predicted in this epoch's "
           "steps before it learned them")
 
 

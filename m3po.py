@@ -192,14 +192,11 @@ def measure(args, progress, beta, policy, model, D_env, D_model):
     imagined, ended, nonfinite = D_model.stats.tolist()
     D_model.stats.zero_()
     columns = {"q_shift": progress.q_shift, "beta": beta, "alpha": policy.log_alpha.exp().item(),
-               "imagined": int(imagined),
-               "terminated_share": ended / max(imagined, 1),
+               "imagined": int(imagined), "terminated_share": ended / max(imagined, 1),
                "nonfinite_share": nonfinite / max(imagined, 1)}
     if args.diagnose_every and epoch % args.diagnose_every == 0 and len(D_env):
-        with clock(progress, "diagnose"):
-            env = make_env(args)
+        with clock(progress, "diagnose"), closing(make_env(args)) as env:
             columns |= diagnostics.measure(policy, model, D_env, progress.fit, args, env, epoch)
-            env.close()
     return columns
 
 

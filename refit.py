@@ -2,7 +2,7 @@
 
     python refit.py runs/DIR                              # as it was trained
     python refit.py runs/DIR -- --model-updates 4 --B 7   # with other flags of m3po.py
-    python refit.py runs/DIR --passes 5                   # each fit goes through all rows five times
+    python refit.py runs/DIR --passes 5                   # each fit goes through all rows 5 times
 
 D_env of the run's checkpoint.pt is collected again in its order, with a fit after the warm-up and
 every --fit-every steps. Every fifth episode is kept from the model. One line says what it explained

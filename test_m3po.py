@@ -31,9 +31,9 @@ from model import HistoryNet, MetaModel
 from policy import MetaPolicy
 from rollouts import Batch, EnvBuffer, ModelBuffer, branch
 from tests.conftest import (
-    FakeModel, FakePolicy, TINY, assert_same_run, constant_heads, fill, never_terminates, parse,
-    hidden_sign_world, random_batch, read_rows, real_steps, resume_run, run, slow_standardised, spy, stored_rows,
-    tiny_policy, torch_forward, torch_policy, update_case,
+    FakeModel, FakePolicy, TINY, assert_same_run, constant_heads, fill, hidden_sign_world,
+    never_terminates, parse, random_batch, read_rows, real_steps, resume_run, run,
+    slow_standardised, spy, stored_rows, tiny_policy, torch_forward, torch_policy, update_case,
 )
 from tests.conftest import same_draws_whatever_ran_before  # a fixture that every test uses
 

@@ -21,7 +21,8 @@ def test_every_figure_from_a_tiny_run_has_its_size(trained_runs, tmp_path, capsy
         figures.main([name, trained_runs["toy"], "--out", str(path)])
         read_image(path, size)
         printed = capsys.readouterr().out
-        assert "IQM of last" in printed and "last five [95 %]" in printed and "wall time" in printed and "point-fwd-bwd" in printed
+        assert "last five [95 %]" in printed and "IQM of last" in printed
+        assert "wall time" in printed and "point-fwd-bwd" in printed
     both = tmp_path / "both.png"
     figures.main(["curves", trained_runs["toy"], trained_runs["cheetah"], "--out", str(both)])
     read_image(both, (1560, 630))
