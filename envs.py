@@ -77,6 +77,8 @@ class TaskClock:
     seed gives one trajectory.
     """
 
+    switch_at = None  # if given, the task changes at these steps of an episode instead (play.py)
+
     def __init__(self, draw, every):
         self.draw = draw
         self.every = every
@@ -84,6 +86,7 @@ class TaskClock:
     def reset(self, rng):
         """Draws the task of a new episode."""
         self.task = self.draw(rng)
+        self.t = 0  # index of the coming step in the episode
         self.age = 0  # index of the coming step among those under the present task
         self.changed = False  # the coming step's task differs from the last step's
         # Random phase: the first redraw comes after 1..every steps, all later ones `every` apart.
@@ -96,16 +99,26 @@ class TaskClock:
             "switched": self.changed,
             "steps_since_switch": self.age,
         }
+        self.t += 1
         self.age += 1
         self.changed = False
         self.steps_left -= 1
-        if self.steps_left == 0:
+        if self.steps_left == 0 and self.switch_at is None:
             self.steps_left = self.every
-            new = self.draw(rng)
-            if not np.array_equal(new, self.task):
-                self.task, self.age, self.changed = new, 0, True
+            self.change_to(self.draw(rng))
+        elif self.switch_at is not None and self.t in self.switch_at:
+            self.change_to(self.draw_another(rng))
         info["next_task"] = self.task.copy()
         return info
+
+    def change_to(self, task):
+        if not np.array_equal(task, self.task):
+            self.task, self.age, self.changed = task, 0, True
+
+    def draw_another(self, rng):
+        """A task other than the present one, unless a hundred draws give none."""
+        draws = (self.draw(rng) for _ in range(100))
+        return next((task for task in draws if not np.array_equal(task, self.task)), self.task)
 
     def reset_info(self):
         """The info of reset: nothing has switched yet, and the first step's task is known."""
@@ -115,6 +128,12 @@ class TaskClock:
             "switched": False,
             "steps_since_switch": 0,
         }
+
+
+def switching_clock(env):
+    """The TaskClock of an env, ours or yours, whose task switches within an episode; else None."""
+    return next((value for value in vars(env.unwrapped).values()
+                 if isinstance(value, TaskClock) and value.every), None)
 
 
 def checked_period(env_class, switch_every):

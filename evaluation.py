@@ -213,3 +213,16 @@ def summarise(episodes, gamma, early):
         "eval_right_way": mean(episodes["right_way"]),
         "eval_faults": int(np.nansum(episodes["fault"])),
     }
+
+
+def around_switches(episodes, x):
+    """Reward [switches, X] at steps x [X] from each switch of evaluate's arrays, NaN where neither
+    the task before it nor the one after it holds; and [(episode, step)] of the switches."""
+    T, rows, places = len(episodes["reward"]), [], []
+    for i, (reward, switched) in enumerate(zip(episodes["reward"].T, episodes["switched"].T)):
+        edges = [0, *np.flatnonzero(switched == 1), T]
+        for last, s, following in zip(edges[:-2], edges[1:-1], edges[2:]):
+            same_pair = (s + x >= last) & (s + x < following)
+            rows.append(np.where(same_pair, reward[(s + x).clip(0, T - 1)], np.nan))
+            places.append((i, int(s)))
+    return np.array(rows), places

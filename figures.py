@@ -20,7 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
+import drawing
 import envs
+import evaluation
 import m3po
 import play
 from evaluation import Group, evaluate
@@ -230,7 +232,7 @@ def panels(n, columns=3, width=5.2, height=3.6):
     """A figure of n panels with room for the legend below; its size is all that n decides."""
     columns = min(columns, n)
     rows = math.ceil(n / columns)
-    figure, _ = play.canvas(width * columns, height * rows + 0.6, DPI)
+    figure, _ = drawing.canvas(width * columns, height * rows + 0.6, DPI)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes[n:]:
         ax.set_axis_off()
@@ -319,16 +321,12 @@ def around_switches(run, episodes):
         raise FigureError(f"{run.flags['env']} never switches its task within an episode")
     before, after = (20, 60) if period >= 100 else (math.ceil(period / 5), period)
     test = Group([m3po.make_env(args) for _ in range(episodes)])
+    x = np.arange(-before, after + 1)
     metrics = evaluate(policy, test, envs.seeds(0, 2, 0, episodes), args.L)
-    x, T, rows = np.arange(-before, after + 1), len(metrics["reward"]), []
-    for reward, switched in zip(metrics["reward"].T, metrics["switched"].T):
-        edges = [0, *np.flatnonzero(switched == 1), T]
-        for last, s, following in zip(edges[:-2], edges[1:-1], edges[2:]):
-            same_pair = (s + x >= last) & (s + x < following)
-            rows.append(np.where(same_pair, reward[(s + x).clip(0, T - 1)], np.nan))
-    if not rows:
+    reward, _ = evaluation.around_switches(metrics, x)
+    if not len(reward):
         raise FigureError(f"{run.folder}: no switch in {episodes} episodes; try more --episodes")
-    return x, np.array(rows)
+    return x, reward
 
 
 def steps_to_recover(x, reward):
@@ -366,26 +364,26 @@ def adaptation(args):
 
 def gallery(args):
     """Figure 6: the robots shortly after a reset, four in a row, and the toy, played well."""
-    play.choose_gl()
+    drawing.choose_gl()
     robots = [name for name in envs.ENVS if name != "point-fwd-bwd"]
     n_rows = math.ceil((len(robots) + 2) / 4)
-    figure, _ = play.canvas(12, 2.7 * n_rows, DPI)
+    figure, _ = drawing.canvas(12, 2.7 * n_rows, DPI)
     rows = [(row, row.add_gridspec(1, 4)) for row in figure.subfigures(n_rows, squeeze=False)[:, 0]]
     places = [(*rows[i // 4], i % 4) for i in range(len(robots))] + [(*rows[-1], slice(2, 4))]
     for (row, grid, place), name in zip(places, [*robots, "point-fwd-bwd"], strict=True):
-        ax, film = row.add_subplot(grid[place]), play.Film(envs.make(name))
+        ax, film = row.add_subplot(grid[place]), drawing.Film(envs.make(name))
         film.reset(seed=29)
-        for _ in range(100 if play.is_toy(film) else 8):
-            size = film.unwrapped.clock.task[0] if play.is_toy(film) else 0.0
+        for _ in range(100 if drawing.is_toy(film) else 8):
+            size = film.unwrapped.clock.task[0] if drawing.is_toy(film) else 0.0
             film.step(np.full(film.action_space.shape, size, np.float32))
-        if play.is_toy(film):
-            play.draw_timeline(ax, film, 0, len(film))
+        if drawing.is_toy(film):
+            drawing.draw_timeline(ax, film, 0, len(film))
         else:
-            stage = play.Stage(film)
+            stage = drawing.Stage(film)
             ax.imshow(stage.frame(len(film) - 1))
             stage.close()
             ax.set(xticks=[], yticks=[], xlabel=film.words(len(film) - 1))
-        ax.set_title(name, fontsize=10, pad=18 if play.is_toy(film) else None)
+        ax.set_title(name, fontsize=10, pad=18 if drawing.is_toy(film) else None)
     figure.savefig(args.out)
 
 

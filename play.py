@@ -1,334 +1,194 @@
 """Watch a trained agent adapt to the hidden task it cannot see.
 
-    python play.py RUN_DIR                          ten episodes: returns, right way, after a switch
+    python play.py RUN_DIR                          ten episodes: returns, and what switches cost
     python play.py RUN_DIR --best                   the same with best.pt, not the last agent
-    python play.py RUN_DIR --view                   the first of them in a window
-    python play.py RUN_DIR --video turning.gif      around its first switch; .gif or .mp4
-    python play.py RUN_DIR --strip strip.png        time-lapse of the whole episode, as in Figure 8
-    python play.py RUN_DIR --video v.gif --window 250 400 --every 1 --seed 7
+    python play.py RUN_DIR --view                   in a window; the key N changes the hidden task
+    python play.py RUN_DIR --video turning.gif      the first around its first switch; .gif or .mp4
+    python play.py RUN_DIR --strip strip.png        time-lapse of the whole of it, as in Figure 8
+    python play.py RUN_DIR --video v.gif --switch-at 200 500 --window 150 600 --every 4 --seed 7
+    python play.py RUN_DIR --export policy.onnx     the policy, to act without this repository
 
-The robot's colour is the hidden task: blue forwards, red backwards, or the dead leg red; in the
-walker the torso darkens with its mass and the ground with its friction, on the pier the blocks with
-their damping. The agent runs in `evaluation.evaluate`, as in training, while a film keeps what
-happened. Pictures are made afterwards and change nothing: of MuJoCo's envs from a copy of the
-model, of another env that renders "rgb_array" by playing the film's actions again.
+RUN_DIR is a run folder or one of agents/. The agent runs in `evaluation.evaluate`, as in training,
+while a film keeps what happened; drawing.py makes the pictures.
 """
 
 import argparse
-import copy
+import importlib
 import importlib.util
-import os
-import subprocess
 import sys
 import time
 import warnings
 from contextlib import closing
 from pathlib import Path
 
-ASKED_GL = os.environ.pop("MUJOCO_GL", None)  # if set and broken, `import mujoco` fails
-
-import gymnasium as gym
-import mujoco
+import glfw
 import numpy as np
 
 import checkpoint
 import envs
 import m3po
-from evaluation import Group, early_steps, evaluate, summarise
+from drawing import (Film, PlayError, Stage, WindowViewer, choose_gl, has_display, has_simulator,
+                     is_toy, mujoco, replay, strip, video)  # mujoco, though MUJOCO_GL be broken
+from evaluation import Group, around_switches, early_steps, evaluate, summarise
 from flags import OneLineParser, count, natural
+from logs import method_name
 
-BLUE, RED, GREY = "#0072B2", "#CC3311", "#8C8C8C"  # told apart by the colour-blind too
-COLOURS = {1: BLUE, -1: RED, 0: GREY}  # of a direction; 0 is none
-PALE, DARK = np.array([1.0, 0.9, 0.6, 1.0]), np.array([0.3, 0.05, 0.35, 1.0])  # least, most
-WIDTH, HEIGHT = 480, 360  # pixels of a frame
-CAMERA = {envs.HalfCheetahPier: (3.2, -20), envs.HalfCheetahFwdBwd: (3.2, -15),  # metres, degrees
-          envs.AntFwdBwd: (3.8, -30), envs.Walker2dRandomParams: (3.0, -12),
-          envs.HumanoidDirec: (3.2, -12)}
-SNAPSHOTS = 10  # in a strip
-NO_GL = ("no OpenGL to draw with (tried {}); on Debian or Ubuntu: apt-get install libegl1 "
-         "libgl1-mesa-dri (EGL) or libosmesa6 (OSMesa); elsewhere set MUJOCO_GL: egl, osmesa, glfw")
 NO_DISPLAY = "no display for --view; --video PATH and --strip PATH need none"
+KEYS = "Space: pause     Esc: close"
+FRAMES = 30  # a second, at most, in a window
+BARS = "▁▂▃▄▅▆▇█"
 
 
-class PlayError(Exception):
-    """What cannot be shown. The message is one line."""
+# ---- in the terminal ----------------------------------------------------------------------------
 
 
-# ---- what happened: the film --------------------------------------------------------------------
+def introduce(env, run):
+    """A line about what one is going to see."""
+    clock = envs.switching_clock(env)
+    moments = clock and clock.switch_at
+    when = (f"changes at {', '.join(map(str, moments))}" if moments else
+            f"is redrawn every {clock.every} env steps" if clock else "is set by the env")
+    seen = "is told the task" if run.oracle else f"sees the last {run.L} steps, never the task"
+    print(f"agent        {method_name(run.method)} on {run.env}: {seen}, which {when}")
 
 
-class Film(gym.Wrapper):
-    """Keeps one episode: its seed; of step t actions[t], tasks[t], rewards[t] and states[t + 1].
+def report(episodes, film, gamma, first=0):
+    """Prints returns per episode, numbered from `first` on, and how the agent fared after switches;
+    the film is of the first."""
+    early = early_steps(film)
+    returns, lengths, s = summarise(episodes, gamma, early)
+    for i, (value, length) in enumerate(zip(returns, lengths)):
+        right = episodes["right_way"][:, i]
+        way = f"  right way {np.nanmean(right):4.0%}" if np.isfinite(right).any() else ""
+        print(f"episode {first + i:3d}  return {value:9.1f}  length {length:4d}{way}")
+    print(f"return       {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
+    if np.isfinite(s["eval_right_way"]):
+        print(f"right way    {s['eval_right_way']:.0%} of the steps")
+    if np.isfinite(s["eval_reward_after_switch"]):
+        after, otherwise = s["eval_reward_after_switch"], s["eval_reward_otherwise"]
+        print(f"per step     {after:.3f} in the {early} steps after a switch, {otherwise:.3f} "
+              "otherwise")
+        report_switches(episodes, film, early, first)
 
-    A state is MuJoCo's qpos or the toy's [x]: its first entry is the position along the track. In
-    any other env it is [the reward so far].
-    """
 
-    def keep_state(self):
-        env = self.unwrapped
-        self.states.append(env.data.qpos.copy() if has_simulator(env) else
-                           np.array([env.x if is_toy(env) else sum(self.rewards)]))
+def report_switches(episodes, film, early, first):
+    """Prints the reward around each switch of the film, and around all switches on average."""
+    reward, places = around_switches(episodes, np.arange(-early, early))
+    size = max(1, early // 10)  # env steps in a bar
+    bins = np.array([mean(reward[:, i:i + size], 1) for i in range(0, 2 * early, size)]).T
+    line = lambda rows: bars(mean(rows, 0), np.nanmin(bins), np.nanmax(bins), early // size)
+    print(f"adapting     reward in the {early} steps before | after a switch, {size} a bar")
+    for i, (episode, step) in enumerate(places):
+        if episode == 0:
+            until = next((s for e, s in places[i + 1:] if e == 0), len(episodes["reward"]))
+            right = episodes["right_way"][step:until, 0]  # 0, 1; NaN where the env does not say
+            wrong = (np.cumsum(right) == 0).sum()
+            news = "" if np.isnan(right).all() else f", the wrong way for {wrong} env steps"
+            print(f"  step {step:4d}  {line(bins[i:i + 1])}  {film.words(step)}{news}")
+    print(f"  all {len(places):5d}  {line(bins)}")
+
+
+def mean(values, axis):
+    """The mean of what is known, NaN where nothing is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy warns of the latter
+        return np.nanmean(values, axis)
+
+
+def bars(values, low, high, middle):
+    """Numbers from low to high as bars, with a | before that of the index `middle`."""
+    try:
+        BARS.encode(sys.stdout.encoding or "ascii")
+        levels = BARS
+    except UnicodeEncodeError:
+        levels = "_.-=+*#@"
+    heights = np.nan_to_num((values - low) / max(high - low, 1e-8), nan=-1.0)
+    text = [levels[round(height * 7)] if height >= 0 else " " for height in heights]
+    return "".join([*text[:middle], "|", *text[middle:]])
+
+
+# ---- in a window --------------------------------------------------------------------------------
+
+
+class Window(WindowViewer):
+    """MuJoCo's window, with our text and keys in place of Gymnasium's."""
+
+    caption, keys = "", KEYS
+    paused = new_task = False  # new_task: somebody asked for one
+
+    @property
+    def closed(self):
+        return bool(glfw.window_should_close(self.window))
+
+    def _create_overlay(self):
+        self.add_overlay(mujoco.mjtGridPos.mjGRID_TOPLEFT, self.caption, "")
+        self.add_overlay(mujoco.mjtGridPos.mjGRID_BOTTOMLEFT, self.keys, "")
+
+    def _key_callback(self, window, key, scancode, action, mods):
+        if action != glfw.PRESS:
+            return
+        if key == glfw.KEY_N:
+            self.new_task = True
+        elif key == glfw.KEY_SPACE:
+            self.paused = not self.paused
+        elif key == glfw.KEY_ESCAPE:
+            glfw.set_window_should_close(window, True)
+
+
+class Live(Film):
+    """A film that is shown while it is made, in real time where the machine can. A task asked for
+    holds from the next step but one on; from then on nothing else changes it. The window closed,
+    the episode ends."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.stage = Stage(self, Window, 960, 720)
+        self.clock = envs.switching_clock(env)
+        self.switch_at = self.clock and self.clock.switch_at
+        if self.clock:
+            self.stage.viewer.keys = "N: another hidden task     " + KEYS
+        self.dt = getattr(self.unwrapped, "dt", 0.05)
+        self.stride = max(1, round(1 / (FRAMES * self.dt)))  # env steps from frame to frame
 
     def reset(self, *, seed=None, options=None):
-        result = self.env.reset(seed=seed, options=options)
-        self.seed, self.actions, self.states = seed, [], []
-        self.tasks, self.switches, self.rewards = [], [], []
-        self.keep_state()
-        return result
+        if self.clock:
+            self.clock.switch_at = self.switch_at
+        self.due = time.perf_counter()
+        return super().reset(seed=seed, options=options)
 
     def step(self, action):
-        result = self.env.step(action)
-        info = result[4]
-        if info.get("switched"):
-            self.switches.append(len(self))
-        self.actions.append(np.array(action))
-        self.tasks.append(info.get("task"))
-        self.rewards.append(result[1])
-        self.keep_state()
-        return result
+        window = self.stage.viewer
+        if window.new_task and self.clock:
+            self.clock.switch_at = (*(self.clock.switch_at or ()), self.clock.t + 1)
+            self.switch_at = self.switch_at or ()  # in later episodes
+        window.new_task = False
+        obs, reward, terminated, truncated, info = super().step(action)
+        if len(self) % self.stride == 0:
+            self.show(len(self) - 1)
+        return obs, reward, terminated, truncated or window.closed, info
 
-    def __len__(self):
-        return len(self.rewards)
-
-    def colour(self, t):
-        """Of step t's direction, or of another env's task if that is one number; else grey."""
-        one = np.size(self.tasks[t]) == 1 and self.tasks[t] is not None
-        directed = getattr(self.unwrapped, "has_direction", one)
-        return COLOURS[int(np.sign(np.ravel(self.tasks[t])[0])) if directed else 0]
-
-    def words(self, t):
-        """Step t's hidden task as a person would say it."""
-        env, task = self.unwrapped, self.tasks[t]
-        if not is_toy(env) and not isinstance(env, envs.HiddenTaskMujoco):
-            return "" if task is None else "task " + " ".join(f"{x:.3g}" for x in np.ravel(task))
-        if isinstance(env, envs.AntCrippledLeg):
-            return f"leg {np.argmax(task) + 1} dead"
-        if isinstance(env, envs.HalfCheetahPier):
-            return "blocks: darker = more damped"
-        if isinstance(env, envs.Walker2dRandomParams):
-            return "mass x{:.1f}, friction x{:.1f}".format(*1.5 ** (3.0 * task))
-        return {BLUE: "forwards", RED: "backwards", GREY: ""}[self.colour(t)]
-
-    def caption(self, t):
-        since = [t - s for s in self.switches if s <= t]
-        news = f" (new {since[-1]} steps ago)" if since and since[-1] < 50 else ""
-        return f"step {t}   {self.words(t)}{news}   reward so far {sum(self.rewards[:t + 1]):.0f}"
+    def show(self, t):
+        window = self.stage.viewer
+        self.stage.pose(t)
+        window.caption = self.caption(t)
+        window.render()
+        while window.paused and not window.closed:
+            time.sleep(1 / FRAMES)
+            window.render()
+        now = time.perf_counter()
+        self.due = max(self.due + self.stride * self.dt, now)
+        time.sleep(self.due - now)
 
 
-def is_toy(env):
-    return isinstance(env.unwrapped, envs.PointFwdBwd)
-
-
-def has_simulator(env):
-    return isinstance(getattr(env.unwrapped, "data", None), mujoco.MjData)
-
-
-def replay(film, render_mode):
-    """Plays a film's actions again from its seed, in an env that renders: yields (t, env)."""
-    with closing(envs.make(film.spec.id, render_mode=render_mode)) as env:
-        env.reset(seed=film.seed)
-        for t, action in enumerate(film.actions):
-            env.step(action)
-            yield t, env
-
-
-def pictures(film, steps, **size):
-    """Yields (t, pixels [H, W, 3] of what step t led to) for each of these steps."""
-    if not has_simulator(film):
-        yield from ((t, env.render()) for t, env in replay(film, "rgb_array") if t in steps)
-        return
-    with closing(Stage(film, **size)) as stage:
-        yield from ((t, stage.frame(t)) for t in steps)
-
-
-# ---- MuJoCo's robots ----------------------------------------------------------------------------
-
-
-def has_display():
-    return (not sys.platform.startswith("linux")
-            or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")))
-
-
-def choose_gl():
-    """Sets MUJOCO_GL to a backend that works here, each tried in a process of its own: after one
-    failure PyOpenGL cannot try another."""
-    backends = [ASKED_GL] if ASKED_GL else ["glfw"] * has_display() + ["egl", "osmesa"]
-    for backend in backends:
-        test = f"from mujoco.{backend} import GLContext; GLContext(64, 64).make_current()"
-        if subprocess.run([sys.executable, "-c", test], env=os.environ | {"MUJOCO_GL": backend},
-                          capture_output=True, check=False).returncode == 0:
-            os.environ["MUJOCO_GL"] = backend
-            return
-    raise PlayError(NO_GL.format(", ".join(backends)))
-
-
-def paint(model, film, t):
-    """Colour the robot by step t's task: geom_rgba and the material, which no dynamics read."""
-    rgba = lambda colour: [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)] + [1.0]
-    shade = lambda value: PALE + value * (DARK - PALE)  # of a value from 0 to 1
-    env, task, bodies = film.unwrapped, film.tasks[t], model.geom_bodyid
-    robot = np.array([b > 0 and not model.body(b).name.startswith("block_") for b in bodies])
-    model.geom_matid[robot] = -1  # else the material's texture shines through
-    model.geom_rgba[robot] = rgba(film.colour(t))
-    if isinstance(env, envs.AntCrippledLeg):
-        model.geom_rgba[(bodies - 2) // 3 == np.argmax(task)] = rgba(RED)  # 3 bodies a leg, torso 1
-    elif isinstance(env, envs.HalfCheetahPier):
-        model.geom_rgba[env.blocks] = [shade(damping) for damping in task[:8]]
-    elif isinstance(env, envs.Walker2dRandomParams):
-        model.geom_rgba[bodies == env.torso] = shade((task[0] + 1) / 2)
-        model.geom_rgba[model.geom("floor").id] = shade(0.4 * (task[1] + 1))
-
-
-class Stage:
-    """Draws a film's steps from the side, the camera following; in a window or into an array."""
-
-    def __init__(self, film, window=False, width=WIDTH, height=HEIGHT):
-        from gymnasium.envs.mujoco.mujoco_rendering import OffScreenViewer, WindowViewer
-        self.film = film
-        self.model = model = copy.copy(film.unwrapped.model)
-        self.data = mujoco.MjData(model)
-        model.mat_reflectance[:] = 0
-        model.vis.headlight.ambient[:] = 0.4
-        model.tex_data[:] = 165 + model.tex_data // 3  # a pale floor, for print and small GIFs
-        model.vis.global_.offwidth, model.vis.global_.offheight = width, height
-        self.viewer = (WindowViewer if window else OffScreenViewer)(model, self.data, width, height)
-        self.viewer.scn.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0  # it ends in a hard edge
-        self.viewer.cam.azimuth = 90  # x to the right
-        self.viewer.cam.distance, self.viewer.cam.elevation = next(
-            (view for kind, view in CAMERA.items() if isinstance(film.unwrapped, kind)), (4.0, -15))
-
-    def pose(self, t):
-        """The state that step t led to, in the colour of its task."""
-        paint(self.model, self.film, t)
-        self.data.qpos[:] = self.film.states[t + 1]
-        mujoco.mj_forward(self.model, self.data)
-        self.viewer.cam.lookat[:] = self.data.subtree_com[1]
-
-    def frame(self, t):
-        """The same as pixels [height, width, 3]."""
-        self.pose(t)
-        return self.viewer.render("rgb_array").copy()
-
-    def close(self):
-        self.viewer.con.free()  # now: freed later, it would take the next stage's textures along
-        self.viewer.close()
-
-
-def view(film, start, end):
-    """Steps [start, end) in a window, in real time, until they are over or the window closed."""
-    if not has_simulator(film):
-        for t, _ in replay(film, "human"):  # which draws at each step, in its own time
-            if t + 1 == end:
+def watch(policy, env, env_seeds, run):
+    """One episode after another in a window, until it is closed; returns the film of the last."""
+    live = Live(env)
+    with closing(live.stage):
+        for i, seed in enumerate(env_seeds):
+            report(evaluate(policy, Group([live]), [seed], run.L), live, run.gamma, i)
+            if live.stage.viewer.closed:
                 break
-        return
-    import glfw
-    stage = Stage(film, window=True, width=960, height=720)
-    for t in range(start, end):
-        due = time.perf_counter() + getattr(film.unwrapped, "dt", 0.05)
-        if glfw.window_should_close(stage.viewer.window):
-            break
-        stage.pose(t)
-        stage.viewer.render()
-        time.sleep(max(0.0, due - time.perf_counter()))
-    stage.close()
-
-
-# ---- on paper -----------------------------------------------------------------------------------
-
-
-def canvas(width, height, dpi):
-    """A matplotlib figure of these inches, which needs no window system, and its canvas."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure((width, height), dpi=dpi, layout="constrained")
-    return figure, FigureCanvasAgg(figure)
-
-
-def draw_timeline(ax, film, start, end):
-    """Position over steps [start, end); the hidden task is the line's colour and the shade's."""
-    cuts = [start, *(s for s in film.switches if start < s < end), end]
-    above = dict(transform=ax.get_xaxis_transform(), fontsize=8)
-    for left, right in zip(cuts[:-1], cuts[1:]):
-        colour = film.colour(left)
-        ax.axvspan(left, right, color=colour, alpha=0.15, lw=0)
-        x = [state[0] for state in film.states[left:right + 1]]
-        ax.plot(range(left, right + 1), x, color=colour, lw=2)
-        ax.text((left + right) / 2, 1.02, film.words(left), color=colour, ha="center", **above)
-    for cut in cuts[1:-1]:
-        ax.axvline(cut, color="black", lw=1, ls="--")
-        side = "left" if cut < (start + end) / 2 else "right"
-        ax.text(cut, 0.03, f" switch at {cut} ", ha=side, **above)
-    ax.set(xlim=(start, end), xlabel="env step", ylabel="position x" if is_toy(film) else
-           "position x (m)" if has_simulator(film) else "reward so far")
-
-
-def strip(film, path, start, end):
-    """A time-lapse PNG: snapshots above (not of the toy), the position over time below."""
-    figure, _ = canvas(12, 2.4 if is_toy(film) else 3.6, 150)
-    grid = figure.add_gridspec(2 - is_toy(film), 1)
-    ax = figure.add_subplot(grid[-1])
-    draw_timeline(ax, film, start, end)
-    if not is_toy(film):
-        steps = np.unique(np.linspace(start, end - 1, SNAPSHOTS).astype(int))
-        row = grid[0].subgridspec(1, len(steps), wspace=0.02)
-        shots = pictures(film, steps, width=HEIGHT, height=HEIGHT)
-        for i, (t, pixels) in enumerate(shots):
-            place = figure.add_subplot(row[i], xticks=[], yticks=[])
-            place.imshow(pixels)
-            place.spines[:].set(color=film.colour(t), linewidth=3)
-            moved = film.states[t + 1][0] - film.states[max(t - 9, 0)][0]  # in ten steps, metres
-            still = abs(moved) < 0.02 or not has_simulator(film)
-            arrow = "" if still else r"$\rightarrow$" if moved > 0 else r"$\leftarrow$"
-            place.set_title(f"{t} {arrow}", fontsize=11)
-            ax.plot(t, film.states[t + 1][0], "o", color="black", ms=3)
-    figure.savefig(path)
-
-
-def env_frames(film, steps):
-    """An array [H, W, 3] per step, with a caption."""
-    from PIL import Image, ImageDraw, ImageFont
-    for t, pixels in pictures(film, steps):
-        image = Image.fromarray(pixels)
-        if image.width != WIDTH:  # an even height, for videos
-            image = image.resize((WIDTH, round(WIDTH * image.height / image.width / 2) * 2))
-        draw = ImageDraw.Draw(image)
-        draw.rectangle((0, 0, WIDTH, 24), fill="white")
-        draw.rectangle((0, 24, WIDTH, 27), fill=film.colour(t))
-        draw.text((8, 4), film.caption(t), fill="black", font=ImageFont.load_default(15))
-        yield np.asarray(image)
-
-
-def toy_frames(film, steps, start, end):
-    """The same for the toy: the position so far, and the point."""
-    figure, agg = canvas(4.8, 3.6, 100)
-    ax = figure.add_subplot()
-    x = [state[0] for state in film.states]
-    for t in steps:
-        ax.clear()
-        draw_timeline(ax, film, start, t + 1)
-        ax.plot(t + 1, x[t + 1], "o", color=film.colour(t), ms=9, clip_on=False)
-        ax.set(xlim=(start, end), ylim=(min(x) - 0.05, max(x) + 0.05))
-        ax.set_title(film.caption(t), fontsize=9, pad=18)
-        agg.draw()
-        yield np.asarray(agg.buffer_rgba())[..., :3].copy()
-
-
-def video(film, path, start, end, every):
-    """A GIF or MP4 of steps [start, end), in real time up to 20 frames per second."""
-    steps = range(start, end, every or (1 if is_toy(film) else 2))
-    frames = toy_frames(film, steps, start, end) if is_toy(film) else env_frames(film, steps)
-    dt = getattr(film.unwrapped, "dt", 1 / film.metadata.get("render_fps", 10))
-    seconds = max(dt * steps.step, 0.05)
-    if path.suffix == ".mp4":
-        import imageio
-        with imageio.get_writer(path, fps=1 / seconds, macro_block_size=2) as writer:
-            for frame in frames:
-                writer.append_data(frame)
-    else:
-        from PIL import Image
-        images = [Image.fromarray(frame).quantize(64, dither=Image.Dither.NONE) for frame in frames]
-        images[0].save(path, save_all=True, append_images=images[1:], loop=0,
-                       duration=round(1000 * seconds))
+    return live
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -346,22 +206,6 @@ def load(folder):
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise PlayError(f"{file} does not fit this version of M3PO: {reason}") from error
-
-
-def report(episodes, gamma, early):
-    """Prints returns per episode, and how the agent fared after switches."""
-    returns, lengths, s = summarise(episodes, gamma, early)
-    for i, (value, length) in enumerate(zip(returns, lengths)):
-        right = episodes["right_way"][:, i]
-        way = f"  right way {np.nanmean(right):4.0%}" if np.isfinite(right).any() else ""
-        print(f"episode {i:3d}  return {value:9.1f}  length {length:4d}{way}")
-    print(f"return       {returns.mean():.1f} +- {returns.std():.1f} over {len(returns)} episodes")
-    if np.isfinite(s["eval_right_way"]):
-        print(f"right way    {s['eval_right_way']:.0%} of the steps")
-    if np.isfinite(s["eval_reward_after_switch"]):
-        after, otherwise = s["eval_reward_after_switch"], s["eval_reward_otherwise"]
-        print(f"per step     {after:.3f} in the {early} steps after a switch, {otherwise:.3f} "
-              "otherwise")
 
 
 def output_path(*endings):
@@ -384,8 +228,14 @@ def need(what, package):
 def check(args, env):
     """Refuses what this machine or this env cannot show, before any episode runs."""
     toy, pictures = is_toy(env), args.video or args.strip
+    if args.window and not pictures:
+        raise PlayError("argument --window: it is for --video and --strip")
     if args.window and args.window[0] >= args.window[1]:
         raise PlayError("argument --window: FROM must lie before TO")
+    if args.switch_at and not envs.switching_clock(env):
+        raise PlayError(f"argument --switch-at: no TaskClock switches the task of {env.spec.id}")
+    if args.switch_at and max(args.switch_at) >= envs.time_limit(env):
+        raise PlayError(f"argument --switch-at: an episode has {envs.time_limit(env)} steps")
     modes = env.metadata.get("render_modes", ())
     if not (toy or has_simulator(env)):
         for wanted, mode in ((pictures, "rgb_array"), (args.view, "human")):
@@ -398,7 +248,6 @@ def check(args, env):
     if args.view and toy:
         raise PlayError("the toy has no window; --video PATH and --strip PATH draw it")
     if args.view and has_simulator(env):
-        import glfw
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # its reason is a warning of two lines
             if not has_display() or not glfw.init():
@@ -409,14 +258,31 @@ def check(args, env):
 
 def play(args):
     policy, _, env, run = load(Path(args.run) / "best.pt" if args.best else args.run)
-    check(args, env)
-    film = Film(env) if args.view or args.video or args.strip else env
-    others = [m3po.make_env(run) for _ in range(args.episodes - 1)]
-    env_seeds = envs.seeds(args.seed, 2, 0, args.episodes)  # 2: no training's, no evaluation's
-    episodes = evaluate(policy, Group([film, *others]), env_seeds, run.L)
-    report(episodes, run.gamma, early_steps(env))
-    if film is env:
+    if args.export:
+        need("--export", "onnxscript")
+        import export
+        print(export.write(policy, env, run, args.export))
         return
+    check(args, env)
+    env_seeds = envs.seeds(args.seed, 2, 0, args.episodes)  # 2: no training's, no evaluation's
+    live = args.view and has_simulator(env)
+    others = [] if live else [m3po.make_env(run) for _ in env_seeds[1:]]
+    for one in [env, *others] if args.switch_at else ():
+        envs.switching_clock(one).switch_at = tuple(args.switch_at)
+    introduce(env, run)
+    if live:
+        film = watch(policy, env, env_seeds, run)
+    else:
+        film = Film(env)
+        report(evaluate(policy, Group([film, *others]), env_seeds, run.L), film, run.gamma)
+    if args.view and not live:
+        for _ in replay(film, "human"):  # which draws at each step, in its own time
+            pass
+    draw(args, film)
+
+
+def draw(args, film):
+    """The pictures asked for."""
     whole = around = (0, len(film))
     if args.window:
         if args.window[0] >= len(film):
@@ -425,8 +291,6 @@ def play(args):
     elif len(film) > 200:
         switch = film.switches[0] if film.switches else 60
         around = (max(switch - 60, 0), min(switch + 120, len(film)))
-    if args.view:
-        view(film, *whole)
     if args.video:
         video(film, args.video, *around, args.every)
     if args.strip:
@@ -437,21 +301,26 @@ def play(args):
 
 def build_parser():
     p = OneLineParser("play.py", description=__doc__.split("\n\n")[0])
-    p.add_argument("run", metavar="RUN_DIR", help="a run folder, with its agent.pt")
+    p.add_argument("run", metavar="RUN_DIR", help="a run folder, with its agent.pt; or agents/ENV")
     p.add_argument("--best", action="store_true",
                    help="the agent of the best evaluation (best.pt), not the last one")
     p.add_argument("--episodes", type=count, default=10, help="episodes to evaluate (10)")
     p.add_argument("--seed", type=natural, default=0,
                    help="of the episodes, which no training or evaluation saw (0)")
-    p.add_argument("--view", action="store_true", help="watch the first episode in a window")
+    p.add_argument("--switch-at", type=count, nargs="+", metavar="STEP",
+                   help="env steps at which the hidden task changes (the env draws them)")
+    p.add_argument("--view", action="store_true",
+                   help="watch the episodes in a window; N: another hidden task, Space: pause")
     p.add_argument("--video", type=output_path(".gif", ".mp4"), metavar="PATH",
                    help="the first episode around its first switch, .gif or .mp4")
     p.add_argument("--strip", type=output_path(".png"), metavar="PATH",
                    help="time-lapse of the first episode, .png")
     p.add_argument("--window", type=natural, nargs=2, metavar=("FROM", "TO"),
-                   help="env steps to show")
+                   help="env steps to show in these")
     p.add_argument("--every", type=count, metavar="STEPS",
                    help="env steps from one frame of the video to the next (2; toy 1)")
+    p.add_argument("--export", type=output_path(".onnx"), metavar="PATH",
+                   help="write the policy as one step of an ONNX graph, and play nothing")
     return p
 
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from gymnasium.spaces import Box
 from torch.distributions import Independent, Normal, TanhTransform, TransformedDistribution
 
 import checkpoint
+import drawing
 import m3po
-import play
 from policy import MetaPolicy
 from rollouts import Batch, EnvBuffer
 
@@ -315,9 +316,46 @@ def trained_runs(tmp_path_factory):
 @pytest.fixture(scope="session")
 def needs_opengl():
     try:
-        play.choose_gl()
-    except play.PlayError as reason:
+        drawing.choose_gl()
+    except drawing.PlayError as reason:
         pytest.skip(str(reason))
+
+
+class SeeLamp(gym.Env):
+    """The lamp's brightness is how far the push agrees with the hidden sign, redrawn at step 8; 20
+    steps. Renders itself; counts how often."""
+
+    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 20}
+    observation_space = Box(0.0, 1.0, (1,), np.float32)
+    action_space = Box(0.0, 4.0, (1,), np.float32)
+    shown = []
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.sign, self.light = 0, self.np_random.choice((-1, 1)), 0.5
+        return np.full(1, self.light, np.float32), {"task": self.sign}
+
+    def step(self, action):
+        switched = self.t == 8
+        self.sign *= -1 if switched else 1
+        self.light = float(np.clip(0.5 + self.sign * (action[0] - 2) / 4, 0, 1))
+        self.t += 1
+        info = {"task": self.sign, "switched": switched}
+        if self.render_mode == "human":
+            self.shown.append(self.t)
+        return np.full(1, self.light, np.float32), self.light, False, self.t == 20, info
+
+    def render(self):
+        self.shown.append(self.t)
+        picture = np.zeros((60, 80, 3), np.uint8)
+        picture[:, : 4 * self.t] = round(255 * self.light)
+        return picture
+
+
+gym.register("SeeLamp-v0", entry_point=SeeLamp, max_episode_steps=30)
 
 
 def fake_run(folder, returns=(1.0, 3.0), seed=0, steps=None, **flags):

@@ -233,6 +233,24 @@ def test_info_names_the_task_that_made_the_reward(name):
     assert directions == {-1.0, 1.0}
 
 
+@pytest.mark.parametrize("name", [*SWITCHING, "examples.pendulum:PendulumSign-v0"])
+def test_moments_that_are_given_replace_the_drawn_ones_and_the_task_is_another_one(name):
+    env = envs.make(name)
+    envs.switching_clock(env).switch_at = (1, 2, 9)
+    for seed in range(3):
+        _, info = env.reset(seed=seed)
+        tasks = [info["task"]]  # of each step
+        _, _, infos = envs_run(env, random_actions(env, 12))
+        assert [t for t, info in enumerate(infos) if info["switched"]] == [1, 2, 9]
+        tasks += [info["next_task"] for info in infos]
+        assert [t for t in range(1, 13) if not np.array_equal(tasks[t - 1], tasks[t])] == [1, 2, 9]
+
+
+def test_an_env_whose_task_never_switches_has_no_switching_clock():
+    assert envs.switching_clock(envs.make("halfcheetah-pier")) is None
+    assert envs.switching_clock(envs.make("Pendulum-v1")) is None
+
+
 def test_a_switch_resets_nothing():
     still, _ = make_fixed("halfcheetah-fwd-bwd", seed=3)
     switching = envs.make("halfcheetah-fwd-bwd", switch_every=2)

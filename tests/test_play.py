@@ -1,25 +1,24 @@
 """play.py: to watch an agent."""
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import gymnasium as gym
+import glfw
 import numpy as np
 import pytest
 from PIL import Image
-from gymnasium.spaces import Box
 
+import drawing
 import envs
 import evaluation
 import figures
 import m3po
 import play
-from tests.conftest import error_line, read_image, train_few_steps
-
-
-SIX = [name for name in envs.ENVS if name != "point-fwd-bwd"]
+from tests.conftest import SeeLamp, error_line, read_image, train_few_steps
 
 
 def test_play_evaluates_as_training_does_and_says_how_the_agent_fared(trained_runs, capsys):
@@ -46,6 +45,144 @@ def test_best_plays_best_pt(trained_runs, tmp_path, capsys):
     assert "agent.pt does not exist" in error_line(capsys, play, tmp_path)
     (tmp_path / "best.pt").rename(tmp_path / "agent.pt")
     assert "best.pt does not exist" in error_line(capsys, play, tmp_path, "--best")
+def test_a_line_per_switch_shows_what_it_cost(capsys):
+    reward = np.ones((60, 2))
+    reward[[20, 21]] = reward[40, 0] = -1
+    switched = np.zeros((60, 2))
+    switched[[20, 40], 0] = switched[20, 1] = 1
+    episodes = {"reward": reward, "switched": switched, "right_way": (reward > 0).astype(float)}
+    film = SimpleNamespace(words=lambda t: {20: "backwards", 40: "forwards"}[t])
+    play.report_switches(episodes, film, 12, 0)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "  step   20  ████████████|▁▁██████████  backwards, the wrong way for 2 env steps",
+        "  step   40  ████████████|▁███████████  forwards, the wrong way for 1 env steps",
+        "  all     3  ████████████|▁▃██████████"]  # (1 - 1 - 1) / 3 lies two sevenths up
+
+
+def test_bars_leave_out_what_is_not_known_and_need_no_unicode(monkeypatch):
+    values = np.array([0.0, np.nan, 7.0])
+    assert play.bars(values, 0, 7, 2) == "▁ |█"
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert play.bars(values, 0, 7, 2) == "_ |@"
+
+
+def test_the_moments_asked_for_are_when_the_task_switches_in_every_episode(
+        trained_runs, tmp_path, capsys, monkeypatch):
+    films = []
+    monkeypatch.setattr(play, "strip", lambda film, *args: films.append(film))
+    play.main([trained_runs["toy"], "--episodes", "3", "--switch-at", "20", "50",
+               "--strip", str(tmp_path / "s.png")])
+    printed = capsys.readouterr().out
+    assert films[0].switches == [20, 50]
+    assert "changes at 20, 50" in printed and "\n  all     6  " in printed
+    assert "\n  step   20  " in printed and "\n  step   50  " in printed
+
+
+class FakeStage:
+    """A stage without OpenGL. After frame i its window does what script[i] says."""
+
+    script = {}
+
+    def __init__(self, film, viewer, width, height):
+        self.viewer = SimpleNamespace(closed=False, paused=False, new_task=False, captions=[],
+                                      render=self.render)
+
+    def pose(self, t):
+        pass
+
+    def render(self):
+        vars(self.viewer).update(self.script.get(len(self.viewer.captions), {}))
+        self.viewer.captions.append(self.viewer.caption)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def fake_window(monkeypatch):
+    monkeypatch.setattr(play, "Stage", FakeStage)
+    monkeypatch.setattr(play, "has_display", lambda: True)
+    monkeypatch.setattr(play.glfw, "init", lambda: True)
+    monkeypatch.setattr(play.time, "sleep", lambda seconds: None)
+    return lambda script: monkeypatch.setattr(FakeStage, "script", script)
+
+
+def live_steps(live, n):
+    return [live.step(np.zeros(live.action_space.shape, np.float32)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("name", ["halfcheetah-fwd-bwd", "ant-crippled-leg"])
+def test_a_key_changes_the_task_and_from_then_on_nothing_else_does(fake_window, name):
+    fake_window({4: {"new_task": True}, 20: {"new_task": True}})
+    live = play.Live(envs.make(name, switch_every=7))
+    live.reset(seed=0)
+    live_steps(live, 40)
+    kept = [s for s in live.switches if s > 5]
+    assert kept == [6, 22]  # asked for while step 4 was shown: step 5 was under way to be chosen
+    assert not np.array_equal(live.tasks[5], live.tasks[6])
+    captions = live.stage.viewer.captions
+    assert live.words(6) in captions[6] and "new 0 steps ago" in captions[6]
+    live.reset(seed=1)
+    live_steps(live, 40)
+    assert live.switches == []
+
+
+def test_space_pauses_and_a_closed_window_ends_the_episode(fake_window):
+    fake_window({2: {"paused": True}, 5: {"paused": False}, 8: {"closed": True}})
+    live = play.Live(envs.make("halfcheetah-fwd-bwd"))
+    live.reset(seed=0)
+    ends = [truncated for *_, truncated, _ in live_steps(live, 6)]
+    assert [caption.split()[1] for caption in live.stage.viewer.captions] == list("012222345")
+    assert ends == [False] * 5 + [True]
+
+
+def test_one_episode_after_another_is_watched_until_the_window_is_closed(
+        fake_window, trained_runs, capsys):
+    fake_window({1_010: {"closed": True}})
+    play.main([trained_runs["cheetah"], "--view", "--switch-at", "300"])
+    printed = capsys.readouterr().out
+    assert printed.count("episode ") == 2 and "episode   1 " in printed
+    assert "length 1000" in printed and "length   11" in printed
+    assert printed.count("\n  step  300  ") == 1
+
+
+def bare_window():
+    """A Window that no system has opened."""
+    window = object.__new__(play.Window)
+    window.window, window._overlays = None, {}
+    return window
+
+
+def test_keys_of_the_window(monkeypatch):
+    closed = []
+    monkeypatch.setattr(play.glfw, "set_window_should_close", lambda *args: closed.append(args))
+    window = bare_window()
+    press = lambda key, action=glfw.PRESS: window._key_callback("it", key, 0, action, 0)
+    press(glfw.KEY_N, glfw.RELEASE), press(glfw.KEY_R), press(glfw.KEY_SPACE, glfw.RELEASE)
+    assert not window.new_task and not window.paused
+    press(glfw.KEY_N), press(glfw.KEY_SPACE)
+    assert window.new_task and window.paused
+    press(glfw.KEY_SPACE)
+    assert not window.paused and closed == []
+    press(glfw.KEY_ESCAPE)
+    assert closed == [("it", True)]
+    window.caption = "step 3   backwards"
+    window._create_overlay()
+    assert ["step 3   backwards\n", "\n"] in window._overlays.values()
+
+
+@pytest.mark.skipif(not drawing.has_display() or not glfw.init(), reason="no display")
+def test_a_real_window_shows_an_episode_and_takes_keys():
+    live = play.Live(envs.make("halfcheetah-fwd-bwd"))
+    live.reset(seed=0)
+    live_steps(live, 3)
+    window = live.stage.viewer
+    window._key_callback(window.window, glfw.KEY_N, 0, glfw.PRESS, 0)
+    live_steps(live, 3)
+    assert live.switches == [4] and not window.closed
+    window._key_callback(window.window, glfw.KEY_ESCAPE, 0, glfw.PRESS, 0)
+    assert live_steps(live, 1)[0][3]
+    live.stage.close()
 
 
 def test_the_toy_gets_a_strip_and_a_gif_with_a_frame_per_step(trained_runs, tmp_path):
@@ -66,99 +203,6 @@ def test_a_robot_gets_a_strip_and_a_gif(trained_runs, needs_opengl, tmp_path):
     read_image(gif, (480, 360))
     assert Image.open(gif).n_frames == 4
     assert Image.open(gif).info["duration"] == 150  # ms: 3 steps of 0.05 s
-
-
-def film_of(name, steps=3):
-    film = play.Film(envs.make(name))
-    film.reset(seed=0)
-    for _ in range(steps):
-        film.step(np.zeros(film.action_space.shape, np.float32))
-    return film
-
-
-@pytest.mark.parametrize("name", [n for n in SIX if n.endswith(("fwd-bwd", "direc"))])
-def test_the_robot_is_blue_forwards_and_red_backwards(needs_opengl, name):
-    film = film_of(name)
-    for direction, channel in ((1, 2), (-1, 0)):
-        film.tasks[-1] = np.array([direction], np.float32)
-        stage = play.Stage(film)
-        pixels = stage.frame(2).astype(int)
-        stage.close()
-        assert (pixels[..., channel] > pixels[..., 2 - channel] + 80).sum() > 500
-        assert (pixels[..., 2 - channel] > pixels[..., channel] + 80).sum() == 0
-
-
-def test_the_dead_leg_is_red_and_it_is_the_leg_without_force():
-    film = film_of("ant-crippled-leg")
-    model = film.unwrapped.model
-    for leg in range(4):
-        film.tasks[0] = np.eye(4, dtype=np.float32)[leg]
-        play.paint(model, film, 0)
-        red = model.geom_rgba[:, 0] > 2 * model.geom_rgba[:, 1]
-        moved = {model.joint(j).name for j in range(1, model.njnt)
-                 if red[model.geom_bodyid == model.jnt_bodyid[j]].all()}
-        assert red.sum() == 3 and moved == {f"hip_{leg + 1}", f"ankle_{leg + 1}"}
-
-
-@pytest.mark.parametrize("name", SIX)
-def test_colouring_does_not_change_the_trajectory(name):
-    film, plain = film_of(name, 1), envs.make(name)
-    plain.reset(seed=0)
-    plain.step(np.zeros(plain.action_space.shape, np.float32))
-    rng = np.random.default_rng(0)
-    for t in range(40):
-        film.tasks[t] = film.unwrapped.draw_task(rng)
-        play.paint(film.unwrapped.model, film, t)  # the live model, though play.py paints a copy
-        action = rng.uniform(-0.5, 0.5, plain.action_space.shape).astype(np.float32)
-        (obs_a, *rest_a, _), (obs_b, *rest_b, _) = film.step(action), plain.step(action)
-        assert np.array_equal(obs_a, obs_b) and rest_a == rest_b
-
-
-def test_a_film_knows_the_switches_and_where_the_point_was():
-    film = play.Film(envs.make("point-fwd-bwd"))
-    film.reset(seed=29)
-    infos = [film.step(np.ones(1, np.float32))[4] for _ in range(100)]
-    assert film.switches == [t for t, info in enumerate(infos) if info["switched"]] == [52, 77]
-    assert np.allclose(np.ravel(film.states), np.minimum(0.1 * np.arange(101), 1.0))  # to the wall
-    assert film.colour(51) == play.BLUE and film.colour(52) == play.RED
-    assert film.caption(54) == "step 54   backwards (new 2 steps ago)   reward so far 49"
-
-
-class SeeLamp(gym.Env):
-    """The lamp's brightness is how far the push agrees with the hidden sign, redrawn at step 8; 20
-    steps. Renders itself; counts how often."""
-
-    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 20}
-    observation_space = Box(0.0, 1.0, (1,), np.float32)
-    action_space = Box(0.0, 4.0, (1,), np.float32)
-    shown = []
-
-    def __init__(self, render_mode=None):
-        self.render_mode = render_mode
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.t, self.sign, self.light = 0, self.np_random.choice((-1, 1)), 0.5
-        return np.full(1, self.light, np.float32), {"task": self.sign}
-
-    def step(self, action):
-        switched = self.t == 8
-        self.sign *= -1 if switched else 1
-        self.light = float(np.clip(0.5 + self.sign * (action[0] - 2) / 4, 0, 1))
-        self.t += 1
-        info = {"task": self.sign, "switched": switched}
-        if self.render_mode == "human":
-            self.shown.append(self.t)
-        return np.full(1, self.light, np.float32), self.light, False, self.t == 20, info
-
-    def render(self):
-        self.shown.append(self.t)
-        picture = np.zeros((60, 80, 3), np.uint8)
-        picture[:, : 4 * self.t] = round(255 * self.light)
-        return picture
-
-
-gym.register("SeeLamp-v0", entry_point=SeeLamp, max_episode_steps=30)
 
 
 def test_an_own_env_that_renders_gets_a_strip_a_gif_and_a_window(
@@ -182,19 +226,13 @@ def test_an_own_env_that_renders_gets_a_strip_a_gif_and_a_window(
     for option, mode in (("--view", "human"), ("--strip", "rgb_array")):
         argv = [folder, option] + [str(tmp_path / "no.png")] * (option == "--strip")
         assert f"does not render '{mode}'" in error_line(capsys, play, *argv)
+    assert "no TaskClock" in error_line(capsys, play, folder, "--switch-at", "5")
 
 
-def test_what_an_own_env_is_replayed_to_is_what_happened():
-    film = play.Film(envs.make("SeeLamp-v0", oracle=True))
-    film.reset(seed=3)
-    rng, lights = np.random.default_rng(0), []
-    for _ in range(20):
-        film.step(rng.uniform(-1, 1, 1).astype(np.float32))
-        lights.append(film.unwrapped.light)
-    again = [env.unwrapped.light for _, env in play.replay(film, "rgb_array")]
-    assert again == lights and np.allclose(np.ravel(film.states), [0, *np.cumsum(lights)])
-    assert film.switches == [8] and film.words(8) == f"task {film.tasks[8]}"
-    assert film.colour(8) == (play.BLUE if film.tasks[8] > 0 else play.RED) != film.colour(7)
+def test_an_env_whose_task_never_switches_refuses_moments():
+    args = play.build_parser().parse_args(["x", "--switch-at", "5"])
+    with pytest.raises(play.PlayError, match="no TaskClock switches the task of M3PO/HalfCheetahP"):
+        play.check(args, envs.make("halfcheetah-pier"))
 
 
 @pytest.mark.parametrize("argv, says", [
@@ -206,6 +244,10 @@ def test_what_an_own_env_is_replayed_to_is_what_happened():
     (["{toy}", "--view"], "no window"),
     (["{toy}", "--strip", "x.png", "--window", "9", "3"], "--window"),
     (["{toy}", "--strip", "x.png", "--window", "200", "300"], "--window"),
+    (["{toy}", "--window", "2", "3"], "--window"),
+    (["{toy}", "--switch-at", "0"], "--switch-at"),
+    (["{toy}", "--switch-at", "20", "100"], "an episode has 100 steps"),
+    (["{toy}", "--export", "x.pt"], ".onnx"),
 ])
 def test_play_refuses_in_one_line(trained_runs, capsys, tmp_path, argv, says):
     argv = [a.format(gone=tmp_path / "gone", **trained_runs) for a in argv]
@@ -220,6 +262,8 @@ def test_a_missing_package_is_named_with_its_pip_command(
     assert "python -m pip install imageio-ffmpeg" in err
     err = error_line(capsys, play, trained_runs["toy"], "--strip", tmp_path / "s.png")
     assert "python -m pip install matplotlib" in err
+    err = error_line(capsys, play, trained_runs["toy"], "--export", tmp_path / "p.onnx")
+    assert "python -m pip install onnxscript" in err
     err = error_line(capsys, figures, "curves", trained_runs["toy"], "--out", tmp_path / "c.png")
     assert "python -m pip install matplotlib" in err
     monkeypatch.setattr(play.importlib.util, "find_spec", lambda name: name != "scipy" or None)
