@@ -68,13 +68,14 @@ def report(episodes, film, gamma, first=0):
         after, otherwise = s["eval_reward_after_switch"], s["eval_reward_otherwise"]
         print(f"per step     {after:.3f} in the {early} steps after a switch, {otherwise:.3f} "
               "otherwise")
-        report_switches(episodes, film, early, first)
+        report_switches(episodes, film, early)
 
 
-def report_switches(episodes, film, early, first):
+def report_switches(episodes, film, early):
     """Prints the reward around each switch of the film, and around all switches on average."""
-    reward, places = around_switches(episodes, np.arange(-early, early))
     size = max(1, early // 10)  # env steps in a bar
+    early -= early % size  # so that no bar lies across a switch
+    reward, places = around_switches(episodes, np.arange(-early, early))
     bins = np.array([mean(reward[:, i:i + size], 1) for i in range(0, 2 * early, size)]).T
     line = lambda rows: bars(mean(rows, 0), np.nanmin(bins), np.nanmax(bins), early // size)
     print(f"adapting     reward in the {early} steps before | after a switch, {size} a bar")
@@ -136,9 +137,9 @@ class Window(WindowViewer):
 
 
 class Live(Film):
-    """A film that is shown while it is made, in real time where the machine can. A task asked for
-    holds from the next step but one on; from then on nothing else changes it. The window closed,
-    the episode ends."""
+    """A film that is shown while it is made, in real time where the machine can. Once somebody has
+    asked for another task, nothing but their asking changes it. A closed window ends the episode.
+    """
 
     def __init__(self, env):
         super().__init__(env)

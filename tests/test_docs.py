@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 import figures
+import play
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "agents/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TINY = ("--N 2 --E 40 --warmup 20 --fit-every 20 --M 4 --G 1 --width 8 --model-updates .1 "
         "--eval-episodes 2 --diagnose-every 1").split()
 
@@ -72,6 +73,27 @@ def test_logs_md_explains_exactly_the_columns_there_are(run_folder, log):
 
 def test_the_examples_of_acting_run(run_folder):
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "USING.md").read_text(), re.S)
-    assert len(examples) == 2
-    for code in examples:
+    acting = [code for code in examples if "runs/DIR" in code]
+    assert len(acting) == 2
+    for code in acting:
         exec(code.replace("runs/DIR", str(run_folder)), {})
+
+
+def test_the_example_of_an_exported_policy_runs(run_folder, tmp_path):
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"it needs {package}")
+    play.main([str(run_folder), "--export", str(tmp_path / "policy.onnx")])
+    text = (ROOT / "docs" / "USING.md").read_text()
+    code = next(c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "onnx" in c)
+    names = {}
+    exec(code.replace("policy.onnx", str(tmp_path / "policy.onnx")), names)
+    assert names["truncated"] and names["action"].shape == (1,)
+
+
+def test_the_readmes_commands_name_folders_that_a_clone_has():
+    text = (ROOT / "README.md").read_text()
+    commands = "".join(re.findall(r"```\w*\n(.*?)```", text, re.S))
+    folders = re.findall(r"\b((?:agents|results)/\S+)", commands)
+    assert "agents/point-fwd-bwd" in folders
+    for folder in folders:
+        assert list(ROOT.glob(folder)), folder

@@ -52,7 +52,7 @@ def test_colouring_does_not_change_the_trajectory(name):
     rng = np.random.default_rng(0)
     for t in range(40):
         film.tasks[t] = film.unwrapped.draw_task(rng)
-        drawing.paint(film.unwrapped.model, film, t)  # the live model, though drawing.py paints a copy
+        drawing.paint(film.unwrapped.model, film, t)  # the live one, though a copy is painted
         action = rng.uniform(-0.5, 0.5, plain.action_space.shape).astype(np.float32)
         (obs_a, *rest_a, _), (obs_b, *rest_b, _) = film.step(action), plain.step(action)
         assert np.array_equal(obs_a, obs_b) and rest_a == rest_b

@@ -52,11 +52,21 @@ def test_a_line_per_switch_shows_what_it_cost(capsys):
     switched[[20, 40], 0] = switched[20, 1] = 1
     episodes = {"reward": reward, "switched": switched, "right_way": (reward > 0).astype(float)}
     film = SimpleNamespace(words=lambda t: {20: "backwards", 40: "forwards"}[t])
-    play.report_switches(episodes, film, 12, 0)
+    play.report_switches(episodes, film, 12)
     assert capsys.readouterr().out.splitlines()[1:] == [
         "  step   20  ████████████|▁▁██████████  backwards, the wrong way for 2 env steps",
         "  step   40  ████████████|▁███████████  forwards, the wrong way for 1 env steps",
         "  all     3  ████████████|▁▃██████████"]  # (1 - 1 - 1) / 3 lies two sevenths up
+
+
+def test_no_bar_lies_across_a_switch(capsys):
+    reward = np.ones((120, 1))
+    reward[60:70] = -1
+    episodes = {"reward": reward, "switched": np.eye(120)[60][:, None],
+                "right_way": np.full((120, 1), np.nan)}
+    play.report_switches(episodes, SimpleNamespace(words=lambda t: "leg 2 dead"), 25)
+    line = "████████████|▁▁▁▁▁███████"
+    assert f"  step   60  {line}  leg 2 dead\n  all     1  {line}\n" in capsys.readouterr().out
 
 
 def test_bars_leave_out_what_is_not_known_and_need_no_unicode(monkeypatch):
