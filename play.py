@@ -164,7 +164,7 @@ class Live(Film):
             self.switch_at = self.switch_at or ()  # in later episodes
         window.new_task = False
         obs, reward, terminated, truncated, info = super().step(action)
-        if len(self) % self.stride == 0:
+        if len(self) % self.stride == 0 and not window.closed:  # drawing into no window crashes
             self.show(len(self) - 1)
         return obs, reward, terminated, truncated or window.closed, info
 
