@@ -69,7 +69,8 @@ def q_and_soft_return(policy, episodes):
     Past an episode's time limit Q itself speaks, which has little weight then: at most
     gamma^(T / 2). log pi is that of another action drawn from the same pi.
     """
-    batch = episodes.batch(episodes.kept())
+    rows = episodes.kept()  # padded to one size, for which the policy is compiled once
+    batch = episodes.batch(torch.cat([rows, rows[-1:].expand(episodes.capacity - len(rows))]))
     obs, actions, rewards = batch.split(policy.obs_dim)
     history, alpha = (batch.tokens[:-1], batch.mask[:-1], obs), policy.log_alpha.exp()
     q = policy.q_values(policy.qf, *history, actions).amin(0)
@@ -77,25 +78,27 @@ def q_and_soft_return(policy, episodes):
     after = batch.tokens[1:], batch.mask[1:], batch.next_obs
     next_actions, next_logp = policy.sample(*after, torch.randn_like(actions))
     v = policy.q_values(policy.qf, *after, next_actions).amin(0) - alpha * next_logp
-    v, rewards, bonus = (v * (1 - batch.terminated)).tolist(), rewards.tolist(), alpha * entropy
-    age, soft = episodes.age[:len(episodes)].tolist(), [0.0] * len(q)
-    first_half, length = [False] * len(q), 0
-    for i in reversed(range(len(q))):
-        last = i + 1 == len(q) or age[i + 1] == 0
+    v, bonus = (v * (1 - batch.terminated)).tolist(), (alpha * entropy).tolist()
+    rewards = rewards.tolist()
+    n, age = len(rows), episodes.age[:len(rows)].tolist()
+    soft, first_half, length = [0.0] * n, [False] * n, 0
+    for i in reversed(range(n)):
+        last = i + 1 == n or age[i + 1] == 0
         length = age[i] + 1 if last else length
-        soft[i] = rewards[i] + policy.gamma * (v[i] if last else soft[i + 1] + bonus[i + 1].item())
+        soft[i] = rewards[i] + policy.gamma * (v[i] if last else soft[i + 1] + bonus[i + 1])
         first_half[i] = 2 * age[i] < length
-    first_half = torch.tensor(first_half, device=q.device)
-    return q[first_half].mean().item(), torch.tensor(soft)[first_half.cpu()].mean().item()
+    first_half = torch.tensor(first_half)
+    return q[:n].cpu()[first_half].mean().item(), torch.tensor(soft)[first_half].mean().item()
 
 
-def blind_model(model, D_env, steps=2_000):
-    """A model of as many members that sees no history, fitted to the same rows: what it explains
-    too tells nothing of a hidden task."""
+def blind_model(model, D_env, most=5_000):
+    """A model of as many members that sees no history, fitted to the same rows with as many
+    gradient steps, up to `most`: what it explains too tells nothing of a hidden task."""
+    steps, (net, _) = min(most, model.steps_per_row * D_env.total), model.optimizer.param_groups
     widths = [w.shape[1] for w in model.net.w[1:]]
     blind = MetaModel(model.obs_dim, model.act_dim, len(model.min_logvar), widths, token_dim=0,
                       layer_norm=model.net.layer_norm, beta_nll=model.beta_nll,
-                      weight_decay=model.optimizer.param_groups[0]["weight_decay"],
+                      weight_decay=net["weight_decay"], lr=net["lr"], batch_size=model.batch_size,
                       steps_per_row=steps / D_env.total).to(D_env.device)
     blind.weight.copy_(model.weight)
     blind.fit(D_env)
@@ -103,7 +106,7 @@ def blind_model(model, D_env, steps=2_000):
 
 
 def on_episodes(model, episodes):
-    """NLL and explained shares of variance on all rows of whole episodes."""
+    """NLL and explained shares of variance on rows of whole episodes."""
     _, nll, residual, y = model.score(episodes, episodes.kept())
     return {"nll": nll} | explained(residual, y)
 
@@ -173,15 +176,16 @@ def measure(policy, model, D_env, fit, args, env, epoch):
     """Everything above as one dict of numbers for progress.csv. fit: what the last fit found; empty
     if the model is not (or no longer) fitted. env: one of its own, for fresh episodes."""
     with torch.random.fork_rng():
-        torch.manual_seed(epoch)
+        torch.manual_seed(envs.seeds(args.seed, 4, epoch)[0])
         episodes = fresh_episodes(policy, env, envs.seeds(args.seed, 3, epoch, EPISODES), args.L,
                                   D_env.device)
         q, soft = q_and_soft_return(policy, episodes)
         metrics = {"episodes_q": q, "episodes_soft_return": soft}
-        for whose, how in (("episodes", model), ("blind", fit and blind_model(model, D_env))):
-            if fit:
-                metrics |= {f"{whose}_{name}": value.item()
-                            for name, value in on_episodes(how, episodes).items()}
+        compared = {"episodes": model} if fit else {}
+        if fit and model.net.token_dim and not args.oracle:  # else there is nothing to find
+            compared["blind"] = blind_model(model, D_env)
+        metrics |= {f"{whose}_{name}": value.item() for whose, how in compared.items()
+                    for name, value in on_episodes(how, episodes).items()}
     metrics |= error_by_depth(model, D_env) if fit else {}
     kl = policy_divergence(policy, D_env, (args.width,) * 2, epoch)
     pinsker = lambda divergence: min(1.0, math.sqrt(max(divergence, 0.0) / 2))

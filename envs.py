@@ -598,8 +598,8 @@ class TaskObservation(gym.Wrapper):
 
 
 def seeds(run_seed, stream, index, n=1):
-    """n env seeds. Streams (0 training, 1 evaluation, 2 play.py, 3 diagnostics) and indices never
-    meet."""
+    """n env seeds. Streams (0 training, 1 evaluation, 2 play.py, 3 and 4 diagnostics) and indices
+    never meet."""
     return [int(s) for s in np.random.SeedSequence([run_seed, stream, index]).generate_state(n)]
 
 

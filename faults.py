@@ -42,7 +42,7 @@ def check_finite(progress, policy, E):
     if not torch.isfinite(losses).all():
         bad = int((~torch.isfinite(losses)).any(1).nonzero()[0, 0])
         which = progress.logged[int((~torch.isfinite(losses[bad])).nonzero()[0, 0])]
-        raise FloatingPointError(f"{which} is not finite at env step {first + bad}")
+        raise FloatingPointError(f"{which} is not finite at env step {first + bad + 1}")
     if not all(torch.isfinite(q).all() for q in policy.parameters()):
         raise FloatingPointError("a parameter of the policy or Q is not finite at step "
                                  f"{progress.step}")

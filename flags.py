@@ -201,8 +201,11 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
         help="of the meta-model")
     add("--z-dim", type=count, metavar="UNITS", help="of z")
 
+    add = group("all nets (not in the paper)")
     add("--newest-token", action=argparse.BooleanOptionalAction,
-        help="every net's MLP sees the newest token itself, beside z; not in the paper")
+        help="the MLP sees the newest token itself, beside z")
+    add("--token-changes", action=argparse.BooleanOptionalAction,
+        help="each token also holds what it brought about, o_{i+1} - o_i")
 
     add = group("meta-model (not in the paper unless said)")
     add("--fit-every", type=count, metavar="STEPS", help="env steps between fits; the paper: E")
@@ -218,8 +221,6 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
         help="of the reward, beside 1 per observation", shows="observation dims")
     add("--model-layer-norm", action=argparse.BooleanOptionalAction,
         help="normalise the model's hidden layers")
-    add("--token-changes", action=argparse.BooleanOptionalAction,
-        help="each token also holds what it brought about, o_{i+1} - o_i; not in the paper")
     add("--retain", type=count, metavar="STEPS",
         help="env steps whose rollouts D_model keeps; the lineage MBPO: E")
     add("--env-capacity", type=count, metavar="STEPS", help="most env steps kept in D_env")
@@ -316,6 +317,9 @@ def check_variants(parser, flags, given, state):
                                     f"{', '.join(HYBRID)}")
         if "beta" in given:
             parser.refuse("beta", "a constant fraction contradicts --hybrid's schedule")
+    for name in ("B", "model_layer_norm") if flags.model == "mlp" else ():
+        if name in given:
+            parser.refuse(name, "M2PO's ensemble is MBPO's: 7 members, without layer norm")
     if flags.rollout == "full" and flags.k != 1:
         parser.refuse("k", "full rollouts have no length but the episode's")
 

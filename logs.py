@@ -40,8 +40,9 @@ model_fresh_explained_reward model_fresh_explained_obs model_fits model_gradient
 terminated_share nonfinite_share dropped_transitions""".split(), *diagnostics.FIELDS,
           *(f"seconds_{part}" for part in "env fit rollouts updates eval diagnose".split())]
 LEGEND = ("legend       alpha: weight of the policy's entropy; explained: fraction of the variance "
-          "of r (rewards) and\n             o (observations) that the model predicted in this epoch's "
-          "steps before it learned them")
+          "of r (rewards) and\n             o (observations) that the model predicted in this "
+          "epoch's steps before it\n             learned them (after the first fit: in held-out "
+          "ones)")
 
 
 @contextmanager
@@ -113,7 +114,8 @@ class Log:
         self.board = tensorboard(args.out, progress.step)
         self.tracker = weights_and_biases(args, self.out)
         print(describe(args, env, progress), flush=True)
-        print(LEGEND, flush=True)
+        if args.method == "m3po":
+            print(LEGEND, flush=True)
         self.bar = self.new_bar(progress.step)
 
     def new_bar(self, step):
@@ -182,7 +184,7 @@ class Log:
         if self.tracker:
             self.tracker.log({"global_step": row["global_step"]} | grouped)
         self.seconds.update(progress.seconds)
-        self.say(epoch_line(row, progress))
+        self.say(epoch_line(row, progress, self.args.warmup))
         if history_is_no_help(row):
             self.say("model        it explains no more with history than a model without: reward "
                      "{:.2f} and {:.2f}, observations {:.2f} and {:.2f} on fresh episodes. Has it "
@@ -215,10 +217,12 @@ def found(progress):
     """What the last fit found; of what was fresh the mean of this epoch's fits, of their number
     and gradient steps the sum."""
     fits = progress.fits
-    fresh = {name: float(np.mean([fit[name] for fit in fits if name in fit]))
-             for name in progress.fit if name.startswith("fresh")}
-    work = {"fits": len(fits), "gradient_steps": sum(fit["gradient_steps"] for fit in fits)}
-    return progress.fit | fresh | (work if fits else {})
+    kept = {name: value for name, value in progress.fit.items() if not name.startswith("fresh")}
+    if "gradient_steps" in kept:  # M3PO's
+        kept |= {"fits": len(fits), "gradient_steps": sum(fit["gradient_steps"] for fit in fits)}
+    names = {name for fit in fits for name in fit if name.startswith("fresh")}
+    return kept | {name: float(np.mean([fit[name] for fit in fits if name in fit]))
+                   for name in names}
 
 
 def history_is_no_help(row):
@@ -228,14 +232,14 @@ def history_is_no_help(row):
         for what in ("reward", "obs"))
 
 
-def epoch_line(row, progress):
+def epoch_line(row, progress, warmup):
     """An epoch on the screen, without what is not known yet."""
     parts = [f"epoch {row['epoch']:3d}", f"step {row['global_step']:7,d}"]
     if "eval_return_mean" in row:
         parts.append(f"return {row['eval_return_mean']:7.1f} +- {row['eval_return_std']:5.1f}")
     if progress.updated and "q_mean" in row:
         parts += [f"Q {row['q_mean']:6.1f}", f"alpha {row['alpha']:.3f}"]
-    if not progress.updated:
+    if progress.step <= warmup:
         parts.append("warm-up: random actions, nothing is learned yet")
     if fit := found(progress):
         kind = "fresh_explained" if "fresh_nll" in fit else "explained"

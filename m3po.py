@@ -1,10 +1,11 @@
 """M3PO: Meta-Model-Based Meta-Policy Optimization (Hiraoka et al., ACML 2021), Algorithm 2.
 
     python m3po.py --env point-fwd-bwd                  # two minutes on two CPU cores
-    python m3po.py --env ant-fwd-bwd --k 1              # the paper's run: 200 epochs
+    python m3po.py --env ant-fwd-bwd --k 1              # the paper's sizes: 200 epochs
 
-A meta-model is fitted to real data; short rollouts in it, branched from real histories, feed a
-SAC meta-policy that adapts to a hidden, changing task from the last L steps it saw.
+A meta-model is fitted to real data; short rollouts in it, branched from real histories, and those
+data themselves feed a SAC meta-policy that adapts to a hidden, changing task from the last L steps
+it saw.
 
     paper          here                          shape / unit                file
     h_{L:t}        tokens, mask, obs             [L, B, D], [L, B], [B, O]   rollouts.py (contract)
@@ -51,7 +52,7 @@ from rollouts import Batch, EnvBuffer, ModelBuffer
 
 def main(args, env, state=None):
     """Algorithm 2. Returns the number of the signal that stopped it, or None."""
-    # First, for it forks; it draws weights that are not used.
+    # The evaluation's processes come first: they are forked before any thread or GPU is used.
     players = make_players(args, lambda: build(args, env, "cpu")[0])
     speed.set_threads(args)
     policy, model, D_env, D_model, progress = begin(args, env, state)  # line 1
@@ -80,12 +81,13 @@ def main(args, env, state=None):
                 if learning and args.G and (beta == 0 or D_model.has_rows()):
                     with clock(progress, "updates"):
                         batches = sample_batches(D_model, D_env, beta, args.G, args.batch_size)
-                        progress.note([update(*batch) for batch in batches])  # lines 10-12
+                        progress.note([update(*batch) for batch in batches])  # 10-12
                 log.step()
             faults.check_finite(progress, policy, args.E)
             if progress.step == epoch * args.E:
                 columns = measure(args, progress, beta, **parts)
                 log.finish_epoch(policy, players, columns)
+                D_model.stats.zero_()
                 checkpoint.keep_best(progress, **parts)
             if stop.received or epoch % args.checkpoint_every == 0 or epoch == args.N:
                 save()
@@ -190,7 +192,6 @@ def measure(args, progress, beta, policy, model, D_env, D_model):
     """The columns of progress.csv that are M3PO's own. It touches no training stream."""
     epoch = progress.epoch + 1
     imagined, ended, nonfinite = D_model.stats.tolist()
-    D_model.stats.zero_()
     columns = {"q_shift": progress.q_shift, "beta": beta, "alpha": policy.log_alpha.exp().item(),
                "imagined": int(imagined), "terminated_share": ended / max(imagined, 1),
                "nonfinite_share": nonfinite / max(imagined, 1)}

@@ -24,7 +24,7 @@ class HistoryNet(nn.Module):
     -> [E, B, out]. Only the first token_dim entries of a token are read, so that O + A hides the
     reward; 0 makes the net blind: no GRU, the plain MLP of MBPO and SAC. layer_norm scales each
     hidden layer to mean 0 and variance 1 per row before its SiLU. newest gives the MLP the newest
-    token too, beside z, in which the GRU must have kept it otherwise.
+    token too, beside z, so that the GRU need not keep it.
     `member` selects members: an index tensor, or all of them.
     """
 
@@ -136,7 +136,7 @@ def explained(residual, y):
 
 
 class MetaModel(nn.Module):
-    """B bootstrap members predicting (r, o' - o) as diagonal Gaussians (paper Sec. 6).
+    """B members, each with its own minibatches, predicting (r, o' - o) as diagonal Gaussians.
 
     token_dim = 0 gives M2PO's model (App. A.9), MBPO's feed-forward ensemble that sees o and a
     alone: 7 members, of which the `elites` = 5 with the lowest hold-out error are sampled from.
@@ -320,5 +320,7 @@ class MetaModel(nn.Module):
             return {}
         rows = torch.arange(max(seen, D_env.oldest), D_env.total, device=D_env.device)
         _, nll, residual, _ = self.score(D_env, rows)
+        varies = self.target_std[1:] != 1  # exactly 1 is what never varied in D_env
+        residual_obs = residual[1:][varies].mean() if varies.any() else residual[1:].mean()
         return {"fresh_nll": nll.item(), "fresh_explained_reward": 1 - residual[0].item(),
-                "fresh_explained_obs": 1 - residual[1:].mean().item()}
+                "fresh_explained_obs": 1 - residual_obs.item()}

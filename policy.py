@@ -64,7 +64,7 @@ class MetaPolicy(nn.Module):
     @torch.no_grad()
     def restandardise(self, D_env, most=1_000):
         """Standardise by D_env's statistics of now. Returns what that does to Q: the root mean
-        square of its change on up to `most` rows of D_env, spread evenly."""
+        square of its change on `most` rows of D_env, spread evenly."""
         rows = torch.linspace(D_env.oldest, D_env.total - 1, most, device=D_env.device).long()
         batch = D_env.batch(rows)
         obs, actions, _ = batch.split(self.obs_dim)

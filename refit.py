@@ -40,6 +40,8 @@ def refit(rows, args, env, passes=None, upto=None):
     """{name: number} of a model that is fitted to D_env's rows (a state_dict of an EnvBuffer whose
     ring is not full) as they came in. upto: of the first so many rows."""
     model = m3po.build(args, env, "cpu")[1]
+    if rows["total"] > len(rows["tokens"]):
+        raise SystemExit("refit.py: error: the run's first steps are overwritten (--env-capacity)")
     n = min(rows["total"], upto or rows["total"])
     O, A = model.obs_dim, model.act_dim
     shown, held = EnvBuffer(n, O, A, args.L), EnvBuffer(n, O, A, args.L)
@@ -61,7 +63,7 @@ def refit(rows, args, env, passes=None, upto=None):
             fresh += [[found[f"fresh_explained_{what}"] for what in ("reward", "obs")]
                       ] if "fresh_nll" in found and new else []
     if not fresh or not len(held):
-        raise SystemExit(f"refit.py: error: {n} rows hold no two fits and no episode to keep back")
+        raise SystemExit(f"refit.py: error: {n} rows hold no two fits or no episode to keep back")
     half = torch.tensor(fresh)[len(fresh) // 2:].mean(0).tolist()
     result = {"fresh, second half r": half[0], "o": half[1]}
     result |= {f"held-out episodes {name}": value.item()

@@ -12,7 +12,7 @@ import logs
 import m3po
 from model import MetaModel
 from rollouts import EnvBuffer
-from tests.conftest import TINY, hidden_sign_world, parse
+from tests.conftest import TINY, hidden_sign_world, parse, read_rows, run
 
 
 def test_a_policy_has_no_divergence_from_a_copy_of_itself_and_much_from_noise():
@@ -119,3 +119,11 @@ def test_a_blind_model_explains_less_exactly_where_history_tells_something():
                     for name, v in diagnostics.on_episodes(how, hidden_sign_world(2_000)).items()}
         assert logs.history_is_no_help(row) == (token_dim == 0), row
     assert not logs.history_is_no_help({})
+
+
+def test_where_history_can_tell_nothing_no_blind_model_is_compared(tmp_path):
+    for name, flags in (("all", []), ("blind", ["--L", 0]), ("mlp", ["--model", "mlp"]),
+                        ("told", ["--oracle"])):
+        row = read_rows(run(tmp_path / name, "--diagnose-every", 2, *flags))[-1]
+        assert row["episodes_q"] and row["episodes_soft_return"] and row["episodes_nll"]
+        assert bool(row["blind_nll"]) == (name == "all")

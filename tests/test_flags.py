@@ -31,7 +31,8 @@ def test_the_toy_alone_has_no_layer_norm():
     (["--env", "halfcheetah-pier", "--switch-every", "9"], "switch"), (["--device", "tpu"], "cuda"),
     (["--resume", ""], "--resume"), (["--seed", "9" * 400], "[0, 4294967295]"),
     (["--N", "1__0"], "whole"), (["--B", "100000000"], "[1, 1000]"),
-    (["--rollout", "full", "--k", "2"], "--k"),
+    (["--rollout", "full", "--k", "2"], "--k"), (["--model", "mlp", "--B", "5"], "7 members"),
+    (["--model", "mlp", "--model-layer-norm"], "--model-layer-norm"),
 ])
 def test_an_impossible_flag_is_one_line_that_names_it_and_nothing_is_created(
         given, says, tmp_path, monkeypatch, capsys):

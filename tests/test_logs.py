@@ -141,3 +141,19 @@ def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(checkpoint.CheckpointError, match="file/a could not be written"):
         run(tmp_path / "file" / "a")
+
+
+def test_an_epoch_without_a_fit_repeats_no_work_and_knows_nothing_fresh(tmp_path, capsys):
+    rows = read_rows(run(tmp_path / "a", "--N", 5, "--E", 40, "--fit-every", 80,
+                         "--model-updates", 0.25))
+    assert [row["model_fits"] for row in rows] == ["", "1", "0", "1", "0"]
+    assert [row["model_gradient_steps"] for row in rows] == ["", "10", "0", "20", "0"]
+    assert [bool(row["model_fresh_nll"]) for row in rows] == [False, False, False, True, False]
+    assert all(row["model_nll"] for row in rows[1:])
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_after_the_warm_up_an_epoch_without_updates_is_no_warm_up(tmp_path, capsys):
+    run(tmp_path / "a", "--G", 0, "--N", 2)
+    epochs = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert ["warm-up" in line for line in epochs] == [True, False]

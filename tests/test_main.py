@@ -117,7 +117,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_the_checkpoint_befo
         return update(self, *batch) * (math.nan if len(calls) == 7 else 1)
 
     monkeypatch.setattr(m3po.MetaPolicy, "update", broken)
-    with pytest.raises(FloatingPointError, match="q_loss is not finite at env step 83"):
+    with pytest.raises(FloatingPointError, match="q_loss is not finite at env step 84"):
         resume_run(tmp_path / "a", "--N", 3)
     assert (tmp_path / "a/checkpoint.pt").read_bytes() == before
 
@@ -134,7 +134,7 @@ def test_a_signal_after_a_loss_that_is_not_finite_does_not_save_it(tmp_path, mon
         return update(self, *batch) * (math.nan if len(calls) == 7 else 1)
 
     monkeypatch.setattr(m3po.MetaPolicy, "update", broken)
-    with pytest.raises(FloatingPointError, match="q_loss is not finite at env step 83"):
+    with pytest.raises(FloatingPointError, match="q_loss is not finite at env step 84"):
         resume_run(tmp_path / "a", "--N", 3)
     assert (tmp_path / "a/checkpoint.pt").read_bytes() == before
 
@@ -226,7 +226,9 @@ def test_recurrent_sac_never_asks_the_model(tmp_path, monkeypatch):
 
 
 def test_blind_agents_and_hidden_rewards_see_nothing_of_them():
-    for flags, width in ((["--L", 0], 0), (["--no-token-reward"], 2), ([], 3)):
+    # A token is (o' - o, o, a, r), one number each.
+    for flags, width in ((["--L", 0], 0), (["--no-token-reward"], 3), ([], 4),
+                         (["--no-token-changes"], 3)):
         args, env, _ = parse(*TINY, *flags)
         policy, model = m3po.build(args, env, "cpu")
         assert {net.token_dim

@@ -198,6 +198,17 @@ def test_the_fresh_rows_are_judged_before_they_are_learned():
     assert found["nll_train"] == model.validate(D_env, holdout=False)["nll"] != found["nll"]
 
 
+def test_what_never_varies_is_not_counted_among_the_fresh_outputs():
+    D_env, model = EnvBuffer(300, 2, 1, L=2), MetaModel(2, 1, widths=(4,), steps_per_row=0.1)
+    for row in range(300):
+        D_env.add([1.0, torch.randn(()).item()], torch.rand(1), torch.rand(()).item(),
+                  [1.0, torch.randn(()).item()], False, row % 20 == 19)
+        if row == 199:
+            model.fit(D_env)
+    residual = model.score(D_env, torch.arange(200, 300))[2]
+    assert model.fit(D_env)["fresh_explained_obs"] == pytest.approx(1 - residual[2].item())
+
+
 def test_the_elites_are_the_members_with_the_least_holdout_error():
     D_env = noisy_world(200)
     model = MetaModel(1, 1, members=4, widths=(4,), elites=2, token_dim=0, lr=0.0)

@@ -265,5 +265,5 @@ def test_help_tells_its_own_flags_and_none_of_the_models(capsys):
 def test_what_is_not_finite_ends_the_run_with_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(pearl.Pearl, "update", lambda agent, batch: torch.tensor(
         [0.0] * len(LOGGED) + [torch.nan]))
-    with pytest.raises(FloatingPointError, match="z_kl is not finite at env step 40"):
+    with pytest.raises(FloatingPointError, match="z_kl is not finite at env step 41"):
         run(tmp_path / "a")
