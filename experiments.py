@@ -1,6 +1,6 @@
 """The experiments: every method in every env with every seed, each run one command.
 
-    python experiments.py                             # the toy, every variant, 5 seeds: 55 runs
+    python experiments.py                             # the toy, every variant, 5 seeds: 65 runs
     python experiments.py --envs ant-fwd-bwd halfcheetah-pier --methods m3po recurrent-sac pearl \\
         --seeds 0 1 2 -- --N 20 --width 128 --G 10    # 18 runs; what follows -- goes to each
     ... --dry-run                                     # what is done, what remains, how long

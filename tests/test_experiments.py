@@ -67,7 +67,7 @@ def test_the_grid_has_seeds_outermost_and_methods_innermost_and_nothing_twice():
     tagged = wanted("--methods", "k2", "--seeds", 3, "--tag", "wide", "--", "--width", 99)[1]
     assert str(tagged[0].result) == "results/point-fwd-bwd/k2-wide/seed3"
     with_defaults = wanted()[1]
-    assert len(with_defaults) == 55 and with_defaults[-1].method.label == "oracle"
+    assert len(with_defaults) == 65 and with_defaults[-1].method.label == "oracle"
 
 
 def test_a_flag_that_a_method_does_not_have_is_left_out_there_and_that_is_said():
