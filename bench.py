@@ -50,11 +50,15 @@ def medians(jobs, repeats, device):
     return {name: statistics.median(t) for name, t in times.items()}
 
 
+def plural(unit):
+    return unit + ("es" if unit.endswith("ch") else "s")
+
+
 def show(title, times, unit, count):
     """One row per job: time per unit, units per second, and how many floors it takes; the floor is
     the first job."""
     floor = next(iter(times.values()))
-    print(f"\n{title:44} {'ms / ' + unit:>16} {unit + 's / s':>16} {'x floor':>8}")
+    print(f"\n{title:44} {'ms / ' + unit:>16} {plural(unit) + ' / s':>16} {'x floor':>8}")
     for name, seconds in times.items():
         print(f"  {name:42} {seconds / count * 1e3:16.4g} {count / seconds:16,.0f} "
               f"{seconds / floor:8.2f}", flush=True)
