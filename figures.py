@@ -39,6 +39,9 @@ NAMED = {  # flag: value, or None for all, and how the paper and the README call
     "hybrid": (None, "M3PO-h"), "model": ("mlp", "M2PO"), "rollout": ("full", "Full"),
     "beta": (0, "recurrent SAC"), "L": (0, "blind (L = 0)"), "oracle": (True, "oracle"),
     "no_token_reward": (True, "no reward token")}
+TOGETHER = {  # flags that make a variant if they differ like this
+    "literal likelihood": {"beta_nll": 0, "reward_weight": 1}, "imagined alone": {"beta": 1},
+    "z alone": {"newest_token": False, "token_changes": False, "model_layer_norm": False}}
 THEORY = (  # columns of progress.csv, drawn solid and dashed; axis; title
     (("model_nll",), "NLL on held-out rows (nats)", "Figure 11: the meta-model"),
     (("kl_pi",), r"KL($\pi$ || $\pi_D$) (nats)", "Figure 12: the policy against the data's"),
@@ -136,9 +139,10 @@ def variant(differs, method="m3po"):
     """The name of a run with these differences; "M3PO" if there are none. A baseline's begins with
     its method."""
     differs, names = dict(differs), [] if method == "m3po" else [method_name(method)]
-    if (differs.get("beta_nll"), differs.get("reward_weight")) == (0, 1):
-        names.append("literal likelihood")
-        del differs["beta_nll"], differs["reward_weight"]
+    for words, flags in TOGETHER.items():
+        if all(differs.get(name) == value for name, value in flags.items()):
+            names.append(words)
+            differs = {name: value for name, value in differs.items() if name not in flags}
     for name, value in differs.items():
         named, words = NAMED.get(name, (value, ""))
         plain = f"{name.replace('_', ' ')} = {value}"

@@ -125,7 +125,8 @@ def test_a_run_is_drawn_from_its_two_small_files_whatever_columns_they_have(tmp_
     ({"beta_nll": 0.0, "reward_weight": 1.0}, "literal likelihood"),
     ({"seed": 9, "N": 1, "out": "elsewhere", "device": "cuda"}, "M3PO"),
     ({"k": 5, "G": 9}, "k = 5, G = 9"), ({"fit_every": 7}, "fit every = 7"),
-    ({"beta": 1.0}, "beta = 1.0"), ({"G": 1}, "G = 1"),
+    ({"beta": 1.0}, "imagined alone"), ({"beta": 0.7}, "beta = 0.7"),
+    ({"newest_token": False, "k": 5}, "newest token = False, k = 5"), ({"G": 1}, "G = 1"),
 ])
 def test_a_variant_is_named_by_what_differs_from_the_defaults(flags, name):
     args = vars(m3po.parse_args([])[0])
