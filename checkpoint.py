@@ -195,7 +195,9 @@ def restore(state, progress, **parts):
     try:
         if strange := state["progress"].keys() - vars(progress):
             raise ValueError(f"progress has {', '.join(sorted(map(str, strange)))}")
+        device = progress.losses.device
         vars(progress).update(state["progress"])
+        progress.losses = progress.losses.to(device)
         for name, part in parts.items():
             part.load_state_dict(state[name])
         for optimizer, saved in zip(optimizers(nets), state["optimizers"], strict=True):

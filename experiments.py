@@ -39,7 +39,7 @@ import m3po
 import play
 import slurm
 from logs import cpu_name
-from tables import METHODS, Method, seconds, tables
+from tables import METHODS, Method, tables
 
 
 class Refused(ValueError):
@@ -209,7 +209,7 @@ def is_running(run):
 def in_short(run):
     """Of a kept run."""
     kept = figures.read_run(run.result)
-    return f"return {kept.progress['eval_return_mean'][-1]:.1f}, {seconds(kept):.0f} s"
+    return f"return {kept.progress['eval_return_mean'][-1]:.1f}, {kept.seconds():.0f} s"
 
 
 def time_left(todo, kept, jobs):
@@ -217,7 +217,7 @@ def time_left(todo, kept, jobs):
     method, else all."""
     if not todo:
         return "nothing left"
-    took = [(run.env, run.method, seconds(figures.read_run(run.result))) for run in kept]
+    took = [(run.env, run.method, figures.read_run(run.result).seconds()) for run in kept]
     if not took:
         return "how long that takes is known when the first has ended"
     total, guessed = 0.0, []

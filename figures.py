@@ -102,6 +102,11 @@ class Run:
         there = np.isfinite(values)
         return steps[there], values[there]
 
+    def seconds(self):
+        """Wall time that it took."""
+        return float(sum(np.nansum(column) for name, column in self.progress.items()
+                         if name.startswith("seconds_")))
+
 
 def read_run(folder):
     """A run's config.json and progress.csv; FigureError says what of them is broken. Columns may be
@@ -218,8 +223,7 @@ def summary(groups):
             last = values[:, -1]
             trapezia = (values[:, 1:] + values[:, :-1]) / 2 * np.diff(x)
             area = trapezia.sum(1) / (x[-1] - x[0]) if len(x) > 1 else last
-            seconds = sum(np.nansum(values) for run in runs for name, values in run.progress.items()
-                          if name.startswith("seconds_"))
+            seconds = sum(run.seconds() for run in runs)
             rows.append((env, label, str(len(runs)), f"{x[-1]:g}",
                          with_interval(values[:, -5:].mean(1)), with_interval(last),
                          f"{area.mean():.1f}", f"{stats.trim_mean(last, 0.25):.1f}",

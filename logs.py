@@ -241,9 +241,9 @@ def epoch_line(row, progress, warmup):
         parts += [f"Q {row['q_mean']:6.1f}", f"alpha {row['alpha']:.3f}"]
     if progress.step <= warmup:
         parts.append("warm-up: random actions, nothing is learned yet")
-    if fit := found(progress):
-        kind = "fresh_explained" if "fresh_nll" in fit else "explained"
-        parts.append(f"explained r {fit[f'{kind}_reward']:.2f} o {fit[f'{kind}_obs']:.2f}")
+    kind = "model_fresh_explained" if "model_fresh_nll" in row else "model_explained"
+    if f"{kind}_reward" in row:
+        parts.append(f"explained r {row[f'{kind}_reward']:.2f} o {row[f'{kind}_obs']:.2f}")
     return "  ".join([*parts, f"{sum(progress.seconds.values()):.0f} s"])
 
 

@@ -114,7 +114,6 @@ def begin(args, env, state):
     if state is not None:
         checkpoint.restore(state, progress, policy=policy, model=model, D_env=D_env,
                            D_model=D_model)
-        progress.losses = progress.losses.to(args.device)
     return policy, model, D_env, D_model, progress
 
 

@@ -125,6 +125,12 @@ def add_statistics(module, obs_dim, act_dim):
         module.register_buffer(f"{name}_std", torch.ones(n))
 
 
+def use_statistics(module, statistics):
+    """Standardise by D_env.statistics() from now on: a method of each module that has them."""
+    for name, value in statistics.items():
+        getattr(module, name).copy_(value)
+
+
 def explained(residual, y):
     """The fractions of the variance of targets y [B, O + 1] that are explained, of the reward and
     of the observation change, where residual [O + 1] is left as mean squared error."""
@@ -239,10 +245,7 @@ class MetaModel(nn.Module):
         return (self.standardise(batch.tokens[:-1], obs), batch.mask[:-1],
                 self.standardise_step(obs, actions), (y - self.target_mean) / self.target_std)
 
-    def use_statistics(self, statistics):
-        """Standardise by D_env.statistics() from now on."""
-        for name, value in statistics.items():
-            getattr(self, name).copy_(value)
+    use_statistics = use_statistics
 
     def fit(self, D_env):
         """theta <- argmax of the (beta-weighted) likelihood of D_env (Algorithm 2, line 3).
@@ -256,9 +259,8 @@ class MetaModel(nn.Module):
             raise ValueError("D_env holds no rows to fit the meta-model to")
         found = self.fresh(D_env)
         self.use_statistics(D_env.statistics())
-        new = D_env.total - self.seen.item()
-        steps = max(1, round(self.steps_per_row * new))
-        for rows in self.minibatches(D_env, new, steps):  # [E, b]
+        steps = max(1, round(self.steps_per_row * (D_env.total - self.seen.item())))
+        for rows in self.minibatches(D_env, steps):  # [E, b]
             tokens, mask, x, y = self.standardised(D_env.batch(rows.flatten()))
             by_member = lambda t: t.unflatten(-2, rows.shape)
             loss = self.loss(by_member(tokens).transpose(0, 1),  # [E, L, b, D]
@@ -277,7 +279,7 @@ class MetaModel(nn.Module):
         names = ("nll", "nll_train", "explained_reward", "explained_obs")
         return found | {"gradient_steps": steps} | {name: metrics[name].item() for name in names}
 
-    def minibatches(self, D_env, new, steps):
+    def minibatches(self, D_env, steps):
         """So many minibatches of absolute rows [E, b] that are not held out, drawn uniformly from
         all that are kept."""
         train, E = D_env.rows(holdout=False), len(self.min_logvar)

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import HistoryNet, add_statistics, scale_tokens
+from model import HistoryNet, add_statistics, scale_tokens, use_statistics
 
 LOG_STD_MIN, LOG_STD_MAX = -10, 2
 LOGGED = ("q_loss", "actor_loss", "q_mean", "td_error", "entropy")  # what one update returns
@@ -56,10 +56,7 @@ class MetaPolicy(nn.Module):
         self.q_optimizer = adam(self.qf.parameters())
         self.actor_optimizer = adam([*self.actor.parameters(), self.log_alpha])  # nothing in common
 
-    def use_statistics(self, statistics):
-        """Standardise by D_env.statistics() from now on."""
-        for name, value in statistics.items():
-            getattr(self, name).copy_(value)
+    use_statistics = use_statistics
 
     @torch.no_grad()
     def restandardise(self, D_env, most=1_000):

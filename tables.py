@@ -47,12 +47,6 @@ METHODS = {method.slug: method for method in [
 ]}
 
 
-def seconds(run):
-    """Wall time that a figures.Run took."""
-    return float(sum(np.nansum(column) for name, column in run.progress.items()
-                     if name.startswith("seconds_")))
-
-
 def closed_form(env):
     """What is known exactly about returns in env. Who is not told the task gets 0 on average in the
     first step and in each step at which the task is redrawn: it may be either way."""
@@ -116,7 +110,7 @@ def tables(runs, kept, made, line, left_out):
             for config in configs}
     machines = {config.get("cpu", "a CPU") for config in configs}
     head = (f"`{line}`: {' and '.join(sorted(machines))}, median "
-            f"{np.median([seconds(run) for run in kept.values()]):.0f} s per run; "
+            f"{np.median([run.seconds() for run in kept.values()]):.0f} s per run; "
             f"{'; '.join(sorted(used))}.")
     return "\n".join([" ".join([head, *left_out]) + "\n", *(
         table([run for run in runs if run.env == name], kept, env) for name, env in made.items())])

@@ -106,7 +106,6 @@ def begin(args, env, state):
     progress = Progress(torch.zeros(args.E, len(LOGGED), device=args.device), LOGGED)
     if state is not None:
         checkpoint.restore(state, progress, policy=planner, D_env=D_env)
-        progress.losses = progress.losses.to(args.device)
     return planner, D_env, progress
 
 

@@ -40,7 +40,7 @@ import speed
 from checkpoint import Progress
 from flags import count, fraction, in_range, natural, positive
 from logs import Log, clock
-from model import explained
+from model import add_statistics, explained, use_statistics
 from rollouts import EnvBuffer, take
 
 LOGGED = ("meta_loss", "unadapted_loss")  # of a fit: of the K steps, at theta' and at theta
@@ -85,18 +85,13 @@ class AdaptiveModel(nn.Module):
         uniform = lambda *shape, fan: nn.Parameter(torch.empty(shape).uniform_(-1, 1) / fan**0.5)
         self.theta = nn.ParameterList(  # w, b, w, b, ...
             uniform(1, rows, o, fan=i) for i, o in zip(sizes, sizes[1:]) for rows in (i, 1))
-        for name, n in (("token", O + A + 1), ("target", O + 1)):  # D_env.statistics()
-            self.register_buffer(f"{name}_mean", torch.zeros(n))
-            self.register_buffer(f"{name}_std", torch.ones(n))
+        add_statistics(self, O, A)
         weight = torch.ones(O + 1)
         weight[0] = O if reward_weight is None else reward_weight
         self.register_buffer("weight", weight / weight.sum())
         self.optimizer = torch.optim.Adam(self.theta.parameters(), lr=lr)
 
-    def use_statistics(self, statistics):
-        """Standardise by D_env.statistics() from now on."""
-        for name, value in statistics.items():
-            getattr(self, name).copy_(value)
+    use_statistics = use_statistics
 
     def forward(self, weights, x):
         """f [n, T, O + 1] of x [n, T, O + A]; each of the n has its own weights."""
@@ -307,7 +302,6 @@ def begin(args, env, state):
     progress = Progress(torch.zeros(args.E, len(LOGGED), device=args.device), LOGGED)
     if state is not None:
         checkpoint.restore(state, progress, policy=policy, D_env=D_env)
-        progress.losses = progress.losses.to(args.device)
     return policy, D_env, progress
 
 

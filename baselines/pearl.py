@@ -218,7 +218,6 @@ def begin(args, env, state):
     progress = Progress(torch.zeros(args.E, len(logged), device=args.device), logged)
     if state is not None:
         checkpoint.restore(state, progress, policy=policy, D_env=D_env)
-        progress.losses = progress.losses.to(args.device)
     return policy, D_env, progress
 
 
