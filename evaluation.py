@@ -20,19 +20,22 @@ from multiprocessing.util import Finalize
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+import envs
 from rollouts import LiveHistory
 
 INFOS = ("steps_since_switch", "switched", "right_way")  # of info, where the env has them
 METRICS = ("reward", *INFOS, "fault")  # of a step; fault is 1 where the simulator failed
+BAR_AFTER = 5  # seconds for which an evaluation runs without one on a terminal
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent dies
 
 
 class Group:
     """n envs, each for one episode at a time."""
 
-    def __init__(self, envs):
-        self.envs = envs
+    def __init__(self, members):
+        self.envs = members
 
     def reset(self, env_seeds):
         """Starts one env per seed, at most as many as there are; the first observations [n, O]."""
@@ -56,21 +59,26 @@ class Group:
 
 
 @torch.inference_mode()
-def evaluate(policy, group, env_seeds, L):
+def evaluate(policy, group, env_seeds, L, show=False):
     """One fresh episode per seed with the mean action of a policy on the CPU, all as one batch.
+    show: with a progress bar, on a terminal and where it takes long.
 
     Returns METRICS as arrays [T, n], NaN past an episode's end.
     """
     obs = group.reset(env_seeds)
     history = LiveHistory(len(obs), L, obs.shape[1] + policy.act_dim + 1)
     running, log = np.ones(len(obs), bool), []
-    while running.any():
-        obs_t = torch.tensor(obs)  # a copy: the group writes to its own
-        action_t = policy.act(history.tokens, history.mask, obs_t, deterministic=True)
-        obs, metrics, running = group.step(action_t.numpy())
-        log.append(metrics)
-        reward_t = torch.tensor(np.nan_to_num(metrics[0]), dtype=torch.float32)
-        history.append(obs_t, action_t, reward_t)
+    with tqdm(total=envs.time_limit(group.envs[0]) if show else None, desc="evaluation",
+              unit="step", leave=False, delay=BAR_AFTER, dynamic_ncols=True,
+              disable=None if show else True) as bar:
+        while running.any():
+            obs_t = torch.tensor(obs)  # a copy: the group writes to its own
+            action_t = policy.act(history.tokens, history.mask, obs_t, deterministic=True)
+            obs, metrics, running = group.step(action_t.numpy())
+            log.append(metrics)
+            reward_t = torch.tensor(np.nan_to_num(metrics[0]), dtype=torch.float32)
+            history.append(obs_t, action_t, reward_t)
+            bar.update()
     return dict(zip(METRICS, np.array(log).swapaxes(0, 1)))
 
 
@@ -80,10 +88,10 @@ class Player:
     def __init__(self, make_env, make_policy, n, L):
         self.group, self.policy, self.L = Group([make_env() for _ in range(n)]), make_policy(), L
 
-    def play(self, weights, env_seeds):
+    def play(self, weights, env_seeds, show=False):
         self.policy.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()},
                                     strict=False)  # Q does not act
-        return evaluate(self.policy, self.group, env_seeds, self.L)
+        return evaluate(self.policy, self.group, env_seeds, self.L, show)
 
 
 class Players:
@@ -125,7 +133,8 @@ class Players:
             torch.set_num_threads(1)
         try:
             futures = [self.pool.submit(play, weights, share) for share in others]
-            parts = [self.own.play(weights, own), *(future.result() for future in futures)]
+            parts = [self.own.play(weights, own, show=True),
+                     *(future.result() for future in futures)]
         except BrokenProcessPool:
             self.close()
             raise OSError("a process that plays evaluation's episodes died") from None

@@ -330,7 +330,7 @@ def around_switches(run, episodes):
     before, after = (20, 60) if period >= 100 else (math.ceil(period / 5), period)
     test = Group([m3po.make_env(args) for _ in range(episodes)])
     x = np.arange(-before, after + 1)
-    metrics = evaluate(policy, test, envs.seeds(0, 2, 0, episodes), args.L)
+    metrics = evaluate(policy, test, envs.seeds(0, 2, 0, episodes), args.L, show=True)
     reward, _ = evaluation.around_switches(metrics, x)
     if not len(reward):
         raise FigureError(f"{run.folder}: no switch in {episodes} episodes; try more --episodes")

@@ -275,7 +275,8 @@ def play(args):
         film = watch(policy, env, env_seeds, run)
     else:
         film = Film(env)
-        report(evaluate(policy, Group([film, *others]), env_seeds, run.L), film, run.gamma)
+        report(evaluate(policy, Group([film, *others]), env_seeds, run.L, show=True), film,
+               run.gamma)
     if args.view and not live:
         for _ in replay(film, "human"):  # which draws at each step, in its own time
             pass

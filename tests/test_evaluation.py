@@ -1,5 +1,6 @@
 """evaluation.py: episodes on all cores, and what is said about them."""
 
+import io
 import math
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -81,7 +83,7 @@ def test_an_episode_that_ended_is_not_counted_on():
     assert returns.tolist() == [2, 1] and lengths.tolist() == [2, 1]
 
 
-class WorkerEnv:
+class WorkerEnv(gymnasium.Env):
     """r = a t for four steps, seeds 1 and 2 for one and two more; seed 13 breaks at its third."""
 
     def reset(self, seed=None):
@@ -112,6 +114,23 @@ class WorkerPolicy(torch.nn.Module):
 
     def act(self, tokens, mask, obs, deterministic):
         return self.weight.detach().expand(len(obs), 1)
+
+
+def test_a_long_evaluation_shows_a_bar_on_a_terminal_and_nothing_elsewhere(monkeypatch):
+    """A planner's takes minutes. The bar is silent where nobody looks, and in a short one."""
+    def shown(terminal, show=True):
+        screen = io.StringIO()
+        screen.isatty = lambda: terminal
+        monkeypatch.setattr(sys, "stderr", screen)
+        env = envs.make("point-fwd-bwd")
+        evaluation.evaluate(WorkerPolicy(), evaluation.Group([env]), [0], 2, show)
+        return screen.getvalue()
+
+    monkeypatch.setattr(evaluation, "BAR_AFTER", 0)
+    assert "evaluation" in shown(True) and "/100" in shown(True)
+    assert shown(True, show=False) == shown(False) == ""
+    monkeypatch.setattr(evaluation, "BAR_AFTER", 5)
+    assert shown(True) == ""
 
 
 def players(n, workers, make_env=WorkerEnv, make_policy=WorkerPolicy, L=3):
