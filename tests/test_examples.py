@@ -58,3 +58,14 @@ def test_the_model_finds_the_hidden_sign_where_a_blind_one_cannot():
     blind = diagnostics.blind_model(model, D_env)
     speed = lambda model: 1 - model.score(episodes, episodes.kept())[2][3].item()
     assert speed(blind) < 0.93 < 0.96 < speed(model), (speed(blind), speed(model))
+
+
+def test_the_direction_of_cheetah_dir_is_drawn_per_episode_and_holds_for_its_200_steps():
+    env, drawn = envs.make("examples.cheetah_dir:CheetahDir-v0"), []
+    for seed in range(20):
+        env.reset(seed=seed)
+        steps = [env.step(np.zeros(6, np.float32)) for _ in range(200)]
+        tasks = {float(info["task"][0]) for *_, info in steps}
+        assert len(tasks) == 1 and [step[3] for step in steps] == [False] * 199 + [True]
+        drawn += tasks
+    assert set(drawn) == {-1.0, 1.0}

@@ -1,0 +1,16 @@
+"""The setting in which PEARL was published, for checks against public numbers: episodes of 200 env
+steps, and a half-cheetah whose hidden direction is drawn once for each.
+
+    python -m baselines.pearl --env examples.cheetah_dir:CheetahDir-v0 --N 20 --G 10 --width 128
+"""
+
+import gymnasium as gym
+
+from envs import HalfCheetahFwdBwd
+
+
+class CheetahDir(HalfCheetahFwdBwd):
+    switch_every = None  # no switch within an episode
+
+
+gym.register("CheetahDir-v0", entry_point=CheetahDir, max_episode_steps=200)
