@@ -171,14 +171,32 @@ def read_runs(folders, one_env=False):
         for run, d in zip(runs, differs):
             label = variant({name: value for name, value in d.items() if name not in shared},
                             run.flags.get("method", "m3po"))
-            twins = groups[env].setdefault(label, [])
-            for twin in twins:
-                if twin.flags["seed"] == run.flags["seed"]:
-                    raise FigureError(f"{twin.folder} and {run.folder} are one variant ({label}) "
-                                      f"with one seed ({run.flags['seed']})")
-            twins.append(run)
+            groups[env].setdefault(label, []).append(run)
+        groups[env] = {label: twins for entry in groups[env].items()
+                       for label, twins in apart(*entry).items()}
         groups[env] = dict(sorted(groups[env].items(), key=lambda item: item[0] != "M3PO"))
     return groups, titles
+
+
+def apart(label, runs):
+    """{label: runs} of runs with the same flags: by folder where a seed comes twice, as in
+    ENV/METHOD/seedS of other commits."""
+    def twins(some):
+        seeds = {}
+        for run in some:
+            if (other := seeds.setdefault(run.flags["seed"], run)) is not run:
+                return other, run
+
+    if not twins(runs):
+        return {label: runs}
+    by_folder = {}
+    for run in runs:
+        by_folder.setdefault(run.folder.resolve().parent, []).append(run)
+    for some in by_folder.values():
+        if pair := twins(some):
+            raise FigureError(f"{pair[0].folder} and {pair[1].folder} are one variant ({label}) "
+                              f"with one seed ({pair[0].flags['seed']})")
+    return {f"{label}, {folder.name}": some for folder, some in by_folder.items()}
 
 
 def over_seeds(runs, column):

@@ -1,6 +1,7 @@
 """figures.py: curves, tables and pictures of runs."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -235,6 +236,16 @@ def test_runs_that_do_not_belong_together_get_one_line(tmp_path, capsys):
     assert "does not end in" in error_line(
         capsys, figures, "curves", a, "--out", tmp_path / "x.bmp")
     assert not out.exists()
+
+
+def test_one_variant_of_two_commits_is_two_curves_named_after_their_folders(tmp_path, capsys):
+    for method, seed in (("old", 0), ("m3po", 0), ("m3po", 1)):
+        (tmp_path / method).mkdir(exist_ok=True)
+        fake_run(tmp_path / method / f"seed{seed}", seed=seed)
+    runs = [str(folder) for folder in tmp_path.glob("*/*")]
+    figures.main(["curves", *runs, "--out", str(tmp_path / "c.svg")])
+    found = re.findall(r"M3PO, (\w+) +(\d)", capsys.readouterr().out)
+    assert sorted(found) == [("m3po", "2"), ("old", "1")]
 
 
 def test_theory_says_which_quantity_no_run_has_measured(tmp_path):
