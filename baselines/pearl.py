@@ -25,8 +25,10 @@ of a task, known to be one: precisions only grow, and after a switch the old tas
 new. In the original z is drawn once per episode, here at each step; evaluation takes q's mean.
 
 A row of D_env is learned from with the c before it, the window of h_t, of which its own transition
-is no part: an encoder that sees r_t would teach Q to read r_t off z. The same z stands in the
-target, at o', as in the original. Deviations and their reasons: docs/DEVIATIONS.md.
+is no part: an encoder that sees r_t would teach Q to read r_t off z. Each time a row is learned
+from, a fresh half of that window is c: with the same c each time, z would come to say which row it
+is. The same z stands in the target, at o', as in the original. Deviations, with their reasons:
+docs/DEVIATIONS.md.
 """
 
 from contextlib import closing
@@ -39,7 +41,7 @@ import checkpoint
 import faults
 import speed
 from checkpoint import Progress
-from flags import in_range
+from flags import fraction, in_range
 from logs import Log, clock
 from m3po import act, make_players, open_agent, parse_args, real_step
 from model import HistoryNet
@@ -48,13 +50,15 @@ from rollouts import Batch, EnvBuffer
 
 # The command line: flags.py. L is the number of transitions in c, lineage: oyster, PEARL's code.
 SAME = "G z_dim batch_size lr tau alpha target_entropy layer_norm".split()
-DEFAULTS = dict(kl_weight=0.1)  # lineage
+DEFAULTS = dict(kl_weight=0.1, keep=0.5)  # lineage; ours
 BY_ENV = {}
 
 
 def add_flags(add):
     add("--kl-weight", type=in_range(float, 0), metavar="WEIGHT",
         help="of KL(q || N(0, I)) beside Q's loss; 1 leaves nothing of the task in z")
+    add("--keep", type=fraction, metavar="FRACTION",
+        help="of the steps of c that a row is learned with, drawn anew each time; 1 is all")
 
 
 def main(args, env, state=None):
@@ -122,10 +126,12 @@ class Pearl(nn.Module):
     """Encoder, and SAC on (o, z), with their optimizers. Windows as everywhere: raw tokens
     [L, B, D], mask [L, B], obs [B, O]."""
 
-    def __init__(self, obs_dim, act_dim, widths=(400, 400), z_dim=5, lr=3e-4, kl_weight=0.1, **sac):
+    def __init__(self, obs_dim, act_dim, widths=(400, 400), z_dim=5, lr=3e-4, kl_weight=0.1,
+                 keep=0.5, **sac):
         super().__init__()
         O, A = obs_dim, act_dim
-        self.obs_dim, self.act_dim, self.z_dim, self.kl_weight = O, A, z_dim, kl_weight
+        self.obs_dim, self.act_dim, self.z_dim = O, A, z_dim
+        self.kl_weight, self.keep = kl_weight, keep
         half = (max(widths[0] // 2, 1),) * 3  # lineage: 3 x 200 beside nets of width 300
         self.encoder = HistoryNet(1, 0, O + A + 1 + O, 2 * z_dim, half)  # blind: an MLP
         self.sac = MetaPolicy(O + z_dim, A, token_dim=0, widths=widths, lr=lr, **sac)
@@ -164,9 +170,11 @@ class Pearl(nn.Module):
     # ---- learning -------------------------------------------------------------------------------
 
     def context(self, batch):
-        """What z may be inferred from, as infer's arguments: the window of h_t. The batch's last
-        token is the row's own and is left out."""
-        return batch.tokens[:-1], batch.mask[:-1], batch.split(self.obs_dim)[0]
+        """What z may be inferred from, as infer's arguments: some steps of the window of h_t. The
+        batch's last token is the row's own and is left out."""
+        mask = batch.mask[:-1]
+        mask = mask & (torch.rand(mask.shape, device=mask.device) < self.keep)
+        return batch.tokens[:-1], mask, batch.split(self.obs_dim)[0]
 
     def with_z(self, batch, z):
         """The Batch with (o, z) for o and (o', z) for o', and no history."""
@@ -203,9 +211,9 @@ class Pearl(nn.Module):
 def build(args, env, device):
     """The agent, untrained."""
     O, A = env.observation_space.shape[0], env.action_space.shape[0]
-    return Pearl(O, A, (args.width,) * 2, args.z_dim, args.lr, args.kl_weight, gamma=args.gamma,
-                 tau=args.tau, alpha=args.alpha, target_entropy=args.target_entropy,
-                 layer_norm=args.layer_norm).to(device)
+    return Pearl(O, A, (args.width,) * 2, args.z_dim, args.lr, args.kl_weight, args.keep,
+                 gamma=args.gamma, tau=args.tau, alpha=args.alpha,
+                 target_entropy=args.target_entropy, layer_norm=args.layer_norm).to(device)
 
 
 def begin(args, env, state):

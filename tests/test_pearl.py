@@ -31,7 +31,7 @@ def run(out, *flags):
 
 @pytest.fixture
 def agent():
-    agent = pearl.Pearl(2, 1, widths=(8, 8), z_dim=3)
+    agent = pearl.Pearl(2, 1, widths=(8, 8), z_dim=3, keep=1)
     agent.use_statistics({"token_mean": torch.tensor([1.0, -1, 0, 2]),
                           "token_std": torch.tensor([2.0, 1, 0.5, 3])})
     return agent
@@ -125,6 +125,23 @@ def test_a_rows_own_transition_is_not_in_its_context(agent):
     changed.tokens[-1, :, 2:] += 5  # the row's own action and reward
     changed.next_obs.add_(5)
     for q, other in zip(agent.infer(tokens, mask, obs), agent.infer(*agent.context(changed))):
+        assert torch.equal(q, other)
+
+
+def test_a_row_is_learned_with_another_part_of_its_window_each_time(agent):
+    """With the same context each time z says which row it is: Q learns rows by heart."""
+    D_env = EnvBuffer(500, 2, 1, L=4)
+    for i in range(500):
+        D_env.add([i, 0], [0], i, [i + 1, 0], False, (i + 1) % 50 == 0)
+    batch = D_env.batch(torch.arange(500))
+    there, agent.keep = batch.mask[:-1], 0.25
+    masks = [agent.context(batch)[1] for _ in range(40)]
+    assert not any((mask & ~there).any() for mask in masks)
+    often = torch.stack(masks).float().mean(0)[there]
+    assert abs(often.mean() - 0.25) < 0.01 and often.std() < 1.2 * (0.25 * 0.75 / 40) ** 0.5
+    acting = agent.infer(batch.tokens[:-1], there, batch.split(2)[0])
+    agent.keep = 1  # nobody acts on less than the whole window
+    for q, other in zip(acting, agent.infer(*agent.context(batch))):
         assert torch.equal(q, other)
 
 
