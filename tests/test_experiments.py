@@ -1,4 +1,4 @@
-"""experiments.py and tables.py: a grid of runs that goes on wherever it was stopped."""
+"""experiments.py: a grid of runs that goes on wherever it was stopped."""
 
 import fcntl
 import json
@@ -18,35 +18,8 @@ import envs
 import experiments
 import figures
 import m3po
-import tables
-from flags import differences
 from logs import Log
 from tests.conftest import TINY, assert_refused, assert_same_run, fake_run, read_rows, run
-
-
-@pytest.mark.parametrize("slug", experiments.METHODS)
-def test_a_method_of_the_experiments_is_the_variant_that_figures_name(slug):
-    method = experiments.METHODS[slug]
-    args = vars(m3po.parse_args(method.flags.split(), method.program)[0])
-    named = figures.variant(differences(args), method.program)
-    assert named.replace(" ", "").startswith(method.label.replace(" ", ""))
-    assert (named == "M3PO") == (slug == "m3po")
-
-
-def test_who_repeats_the_way_that_paid_last_gets_the_closed_form():
-    env, returns = envs.make("point-fwd-bwd"), []
-    assert "100 if told the task" in tables.closed_form(env) and (
-        "= 95.04" in tables.closed_form(env))
-    assert tables.closed_form(envs.make("ant-fwd-bwd")) == ""
-    for seed in range(400):
-        way, paid, done = 1.0, [], False
-        env.reset(seed=seed)
-        while not done:
-            _, reward, _, done, _ = env.step(np.array([way], np.float32))
-            way = way if reward > 0 else -way
-            paid.append(reward)
-        returns.append(sum(paid))
-    assert np.mean(returns) == pytest.approx(95.04, abs=4 * np.std(returns) / 20)
 
 
 def wanted(*argv):
@@ -191,28 +164,6 @@ def test_what_recurrent_sac_does_not_use_may_have_been_different(tmp_path):
     m3po_flags = vars(m3po.parse_args([])[0])
     with pytest.raises(experiments.Refused, match="with model_lr 0.001, not 3"):
         experiments.refuse_others("f", m3po_flags, m3po_flags | {"model_lr": 3}, "--out")
-
-
-def test_the_tables_of_many_envs_come_from_the_results_alone(tmp_path, capsys):
-    for env, program, seed, returns in (
-            ("point-fwd-bwd", "m3po", 0, (1, 4)), ("point-fwd-bwd", "m3po", 1, (1, 6)),
-            ("point-fwd-bwd", "ghp_mdp", 1, (1, 8)), ("ant-fwd-bwd", "m3po", 0, (900, 950))):
-        args = vars(m3po.parse_args(["--env", env], program)[0])
-        last = args["N"] * args["E"]
-        del args["seed"]
-        slug = program.replace("_", "-")
-        (tmp_path / "r" / env / slug).mkdir(parents=True, exist_ok=True)
-        folder = tmp_path / "r" / env / slug / f"seed{seed}"
-        fake_run(folder, returns, seed, (last // 2, last), **args)
-    assert experiments.main(["--envs", "point-fwd-bwd", "ant-fwd-bwd", "--methods", "m3po",
-                             "ghp-mdp", "--seeds", "0", "1", "--results", str(tmp_path / "r"),
-                             "--table"]) == 0
-    said = capsys.readouterr().out
-    toy, ant = said.split("\n`ant-fwd-bwd`, 50 episodes after 200,000 env steps")
-    assert "`point-fwd-bwd`, 50 episodes after 3,000 env steps" in toy and "95.04" in toy
-    assert "| M3PO: the default, k = 1 | - | 5.0 [-7.7, 17.7] | 3.0 [" in toy
-    assert "after 2,000 env steps | - | 8.0 | 4.5 |" in toy and "| 1 |\n" in toy
-    assert "| 950.0 | 925.0 |" in ant and "95.04" not in ant and "median 60 s" in toy
 
 
 def test_the_time_left_is_that_of_the_same_method_and_less_what_is_done(tmp_path):

@@ -1,0 +1,307 @@
+"""env_checks.py, and what envs.py makes of a user's own env."""
+
+import importlib
+import math
+import re
+import traceback
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Dict, Discrete, Tuple
+from gymnasium.utils.env_checker import check_env
+
+import envs
+from tests.conftest import parse, read_rows, run
+from tests.test_envs import NAMES, envs_run
+
+
+class Own(gym.Env):
+    """A user's env whose every oddity is an argument."""
+
+    def __init__(self, obs=None, action=None, old_step=False, old_reset=False, bad=None, **says):
+        self.observation_space = obs or Box(-np.inf, np.inf, (3,), np.float64)
+        self.action_space = action or Box(-1, 1, (2,), np.float32)
+        self.old_step, self.old_reset, self.bad, self.says = old_step, old_reset, bad, says
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.actions = []
+        first = np.full(3, 0.1), self.says.get("reset_info", {})
+        return first[0] if self.old_reset else first
+
+    def step(self, action):
+        self.actions.append(action)
+        obs = np.full(3, np.nan if self.bad == 0 else 0.1)
+        reward = np.inf if self.bad == 1 else self.says.get("reward", 1.0)
+        terminated, info = self.says.get("terminated", True), self.says.get("info", {})
+        truncated = self.says.get("truncated", False)
+        return ((obs, reward, True, {}) if self.old_step else
+                (obs, reward, terminated, truncated, info))
+
+
+gym.register("Own-v0", entry_point=Own, max_episode_steps=5)
+
+
+def make_own(monkeypatch, **kwargs):
+    monkeypatch.setitem(gym.registry["Own-v0"].kwargs, "_", None)  # restores kwargs afterwards
+    for key, value in kwargs.items():
+        monkeypatch.setitem(gym.registry["Own-v0"].kwargs, key, value)
+    return envs.make("Own-v0")
+
+
+@pytest.mark.parametrize(
+    "kwargs, word",
+    [
+        ({"action": Discrete(3)}, "Discrete action"),
+        ({"action": Dict({"a": Box(-1, 1)})}, "Dict action"),
+        ({"action": Tuple((Discrete(2), Discrete(2)))}, "Tuple action"),
+        ({"action": Box(-np.inf, np.inf, (2,))}, "unbounded action"),
+        ({"action": Box(0, np.inf, (2,))}, "unbounded action"),
+        ({"action": Box(-1, 1, (2, 2))}, "action shape"),
+        ({"action": Box(0, 5, (2,), np.int64)}, "int64 action"),
+        ({"obs": Box(0, 255, (64, 64, 3), np.uint8)}, "image"),
+        ({"obs": Box(-1, 1, ())}, "observation shape"),
+        ({"obs": Dict({"a": Box(-1, 1)})}, "Dict observation"),
+        ({"obs": Discrete(5)}, "Discrete observation"),
+        ({"old_step": True}, "old API: step"),
+        ({"old_reset": True}, "old API: reset"),
+        ({"action": Box(0, 1, (0,))}, "action space has no dimensions"),
+        ({"obs": Box(0, 1, (0,))}, "observation space has no dimensions"),
+        ({"action": Box(np.array([-1, 2], np.float32), np.array([1, 2], np.float32))},
+         "action dimension 1 reaches from 2 to 2"),
+        ({"reward": np.array([1.0])}, "array([1.]) as reward; M3PO needs a number"),
+        ({"reward": None}, "None as reward"),
+        ({"reward": "1"}, "'1' as reward"),
+        ({"terminated": np.array([True])}, "array([ True]) as terminated; M3PO needs a bool"),
+        ({"terminated": None}, "None as terminated"),
+        ({"truncated": "no"}, "'no' as truncated"),
+        ({"info": None}, "step returned None as info"),
+        ({"reset_info": None}, "reset returned None as info"),
+    ],
+)
+def test_what_m3po_cannot_use_is_refused_by_name_in_one_line(monkeypatch, kwargs, word):
+    with pytest.raises(envs.EnvError, match=re.escape(word)) as error:
+        make_own(monkeypatch, **kwargs)
+    message = str(error.value)
+    assert message.startswith("Own-v0: ") and "\n" not in message
+
+
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+def test_asymmetric_action_bounds_are_rescaled_from_the_unit_box(monkeypatch, dtype):
+    bounds = np.array([-3, 0.2], dtype), np.array([0.1, 0.7], dtype)
+    env = make_own(monkeypatch, action=Box(*bounds, dtype=dtype))
+    assert env.action_space == Box(-1, 1, (2,), np.float32)
+    env.reset(seed=0)
+    for unit in (-1, 0, 1):
+        env.step(np.full(2, unit, np.float32))
+    low, middle, high = env.unwrapped.actions
+    assert np.array_equal(low, bounds[0]) and np.array_equal(high, bounds[1])  # never beyond
+    assert np.allclose(middle, (bounds[0] + bounds[1]) / 2) and middle.dtype == dtype
+
+
+@pytest.mark.parametrize("space", (np.float32, np.float64))
+def test_observations_are_float32_whatever_the_space_says(monkeypatch, space):
+    env = make_own(monkeypatch, obs=Box(-1, 1, (3,), space))
+    assert env.observation_space.dtype == np.float32 == env.reset(seed=0)[0].dtype
+    assert env.step(np.zeros(2, np.float32))[0].dtype == np.float32
+
+
+def own_old_reset(self):
+    return np.zeros(3)
+
+
+def own_broken(self, *_, **__):
+    raise LookupError("the motor\ndoes not answer")
+
+
+def test_a_reset_without_a_seed_is_refused_as_the_old_api(monkeypatch):
+    monkeypatch.setattr(Own, "reset", own_old_reset)
+    with pytest.raises(envs.EnvError, match="^Own-v0: old API: reset must take a seed"):
+        envs.make("Own-v0")
+
+
+@pytest.mark.parametrize("method, where", [
+    ("reset", "its first reset"), ("step", "its first step"), ("__init__", "making it"),
+    ("terminated_fn", "terminated_fn, asked about a NumPy array (3, 3)")])
+def test_what_an_own_env_raises_keeps_its_traceback_below_a_line_that_names_the_env(
+        monkeypatch, capsys, method, where):
+    monkeypatch.setattr(Own, method, own_broken, raising=False)
+    with pytest.raises(LookupError, match="the motor\ndoes not answer") as error:
+        envs.make("Own-v0")
+    lines = {frame.lineno for frame in traceback.extract_tb(error.value.__traceback__)}
+    for cause in filter(None, (error.value.__cause__, error.value.__context__)):  # raised anew
+        lines |= {frame.lineno for frame in traceback.extract_tb(cause.__traceback__)}
+    assert own_broken.__code__.co_firstlineno + 1 in lines
+    assert capsys.readouterr().err == f"Own-v0: the env's own code failed in {where}\n"
+
+
+@pytest.mark.parametrize("rule, says", [
+    (lambda next_obs: False, "NumPy array (3, 3) with False"),
+    (lambda next_obs: next_obs > 1, "NumPy array (3, 3) with array"),
+    (lambda next_obs: next_obs[..., 0], "NumPy array (3, 3) with array"),
+    (lambda next_obs: np.asarray(next_obs)[..., 0] > 1, "torch array (3, 3) with array([False"),
+    (lambda next_obs: next_obs.sum(-1) * 1.0, "NumPy array (3, 3) with array"),
+])
+def test_a_rule_that_gives_no_bool_per_row_is_refused_at_once(monkeypatch, rule, says):
+    monkeypatch.setattr(Own, "terminated_fn", staticmethod(rule), raising=False)
+    with pytest.raises(envs.EnvError, match=re.escape(says)) as error:
+        envs.make("Own-v0")
+    assert str(error.value).startswith("Own-v0: terminated_fn") and "\n" not in str(error.value)
+
+
+def test_an_end_that_no_rule_foresees_is_said_once(monkeypatch, capsys):
+    envs.say_once.cache_clear()
+    for terminated_fn in (False, True):
+        if terminated_fn:
+            rule = staticmethod(lambda next_obs: next_obs[..., 0] > 9)
+            monkeypatch.setattr(Own, "terminated_fn", rule, raising=False)
+        env = make_own(monkeypatch)
+        for _ in range(2):
+            env.reset(seed=0)
+            assert env.step(np.zeros(2, np.float32))[2]
+        said = capsys.readouterr().out
+        assert said.count("Own-v0 terminated, but gives no terminated_fn") == 1 - terminated_fn
+
+
+@pytest.mark.parametrize("task", [2.0, np.array([1.0, -1.0]), [True]])
+def test_an_own_env_that_names_its_task_has_an_oracle(monkeypatch, task):
+    info = {"task": task}
+    monkeypatch.setattr(Own, "terminated_fn", lambda self, o: o[..., -1] > 0.05, raising=False)
+    monkeypatch.setitem(gym.registry["Own-v0"].kwargs, "reset_info", info)
+    monkeypatch.setitem(gym.registry["Own-v0"].kwargs, "info", info)
+    env = envs.make("Own-v0", oracle=True)
+    shown = np.float32([0.1, 0.1, 0.1, *np.atleast_1d(task)])
+    assert env.observation_space == Box(-np.inf, np.inf, shown.shape, np.float32)
+    assert np.array_equal(env.reset(seed=0)[0], shown)
+    obs = env.step(np.zeros(2, np.float32))[0]
+    assert np.array_equal(obs, shown) and obs.dtype == np.float32
+    assert envs.terminated_fn(env)(obs)  # the rule sees the env's own observation, not the task
+
+
+@pytest.mark.parametrize("first, then", [
+    ({}, {}), ({"task": 1}, {}), ({"task": "left"}, {"task": "left"}),
+    ({"task": [1, 2]}, {"task": 1})])
+def test_an_oracle_of_an_env_that_names_no_task_is_refused(monkeypatch, first, then):
+    monkeypatch.setitem(gym.registry["Own-v0"].kwargs, "reset_info", first)
+    monkeypatch.setitem(gym.registry["Own-v0"].kwargs, "info", then)
+    with pytest.raises(envs.EnvError, match=r"^Own-v0: oracle needs info\['task'\]"):
+        envs.make("Own-v0", oracle=True)
+
+
+def test_a_module_that_is_not_the_users_is_named_with_its_file(tmp_path, monkeypatch):
+    with pytest.raises(envs.EnvError) as error:
+        envs.make("envs:MyEnv-v0")
+    message = str(error.value)
+    assert f"The module envs is {envs.__file__}, a file of M3PO: give yours another name" in message
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text in (("own_empty", ""), ("own_lacks", "import no_such_package")):
+        (tmp_path / f"{name}.py").write_text(text)
+    importlib.invalidate_caches()
+    with pytest.raises(envs.EnvError) as error:
+        envs.make("own_empty:MyEnv-v0")
+    assert f"The module own_empty is {tmp_path / 'own_empty.py'})" in str(error.value)
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):  # its traceback says where
+        envs.make("own_lacks:MyEnv-v0")
+
+
+def test_a_syntax_error_in_the_users_module_names_their_file_and_line(
+        tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_typo.py").write_text("import gymnasium\n\nclass MyEnv(gymnasium.Env:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    with pytest.raises(SyntaxError) as error:
+        envs.make("own_typo:MyEnv-v0")
+    printed = "".join(traceback.format_exception(error.value))
+    assert f'File "{tmp_path}/own_typo.py", line 3\n' in printed  # the last place of all
+    assert capsys.readouterr().err == "own_typo:MyEnv-v0: the env's own code failed in making it\n"
+
+
+def test_an_env_whose_observations_have_another_shape_than_its_space_is_refused(monkeypatch):
+    with pytest.raises(envs.EnvError, match=r"reset returned an observation of shape \(3,\)"):
+        make_own(monkeypatch, obs=Box(-1, 1, (4,), np.float32))
+
+
+def test_an_env_without_a_time_limit_gets_one(monkeypatch):
+    monkeypatch.setattr(gym.registry["Own-v0"], "max_episode_steps", None)
+    assert envs.time_limit(envs.make("Own-v0")) == 1_000
+    monkeypatch.setattr(gym.registry["Own-v0"], "max_episode_steps", 5)
+    assert envs.time_limit(envs.make("Own-v0")) == 5 and (
+        envs.time_limit(envs.make("ant-fwd-bwd")) == 1_000)
+
+
+def test_a_reward_too_large_for_float32_and_a_reset_without_numbers_are_faults(monkeypatch):
+    env = make_own(monkeypatch)
+    env.reset(seed=0)
+    step = Own.step
+    monkeypatch.setattr(Own, "step", lambda self, a: (step(self, a)[0], 1e300, False, False, {}))
+    assert env.step(np.zeros(2, np.float32))[1:4] == (0.0, False, True)
+    monkeypatch.setattr(
+        Own, "reset", lambda self, seed=None, options=None: (np.full(3, np.nan), {}))
+    with pytest.raises(envs.EnvError, match="non-finite"):
+        env.reset(seed=0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_float64_observations_are_cast_without_a_warning(monkeypatch):
+    env = make_own(monkeypatch, obs=Box(-0.1, np.full(3, 0.3), dtype=np.float64))
+    assert env.observation_space.dtype == np.float32
+    obs, _ = env.reset(seed=0)
+    assert obs.dtype == np.float32
+    assert env.step(np.zeros(2, np.float32))[0].dtype == np.float32
+
+
+def test_without_a_termination_rule_no_imagined_state_is_terminal(monkeypatch):
+    env = make_own(monkeypatch)
+    assert not envs.termination_known(env)
+    for batch in (np.full((4, 2, 3), np.nan), torch.zeros(4, 2, 3)):
+        answer = envs.terminated_fn(env)(batch)
+        assert answer.shape == (4, 2) and not answer.any()
+
+
+@pytest.mark.parametrize("name", ["nope", "no_such_module:X-v0", "Foo-v9", "a:b:c", "", 3])
+def test_an_unknown_env_is_answered_with_the_valid_names(name):
+    with pytest.raises(envs.EnvError) as error:
+        envs.make(name)
+    assert "\n" not in str(error.value) and all(valid in str(error.value) for valid in NAMES)
+
+
+@pytest.mark.parametrize(
+    "name, period",
+    [("halfcheetah-pier", 5), ("Pendulum-v1", 5), ("ant-fwd-bwd", 0), ("ant-fwd-bwd", 2.5)],
+)
+def test_a_switch_period_is_refused_where_it_makes_no_sense(name, period):
+    with pytest.raises(envs.EnvError, match="switch"):
+        envs.make(name, switch_every=period)
+
+
+@pytest.mark.filterwarnings("ignore:.*symmetric and normalized space")
+def test_the_readmes_own_env_works(tmp_path, monkeypatch):
+    text = (Path(envs.__file__).parent / "README.md").read_text()
+    code = re.search(r"```python\n# my_env\.py\n(.*?)```", text, re.S).group(1)
+    (tmp_path / "my_env.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    env = envs.make("my_env:MyEnv-v0")
+    check_env(env.unwrapped, skip_render_check=True)
+    assert env.spec.max_episode_steps == 200 and envs.termination_known(env)
+    rule = envs.terminated_fn(env)
+    assert rule(torch.tensor([[0.0], [6.0]])).tolist() == [False, True]
+    env.reset(seed=0)
+    obs, _, infos = envs_run(env, np.full((200, 1), -1, np.float32))
+    assert len(obs) < 200 and rule(obs).tolist() == [False] * (len(obs) - 1) + [True]
+    flags = re.search(r"python m3po.py (--env my_env:MyEnv-v0.*)", text).group(1).split()
+    parse(*flags)  # the command is valid as it stands; here with tiny sizes
+    row = read_rows(run(tmp_path / "a", *flags[:2]))[-1]
+    assert math.isfinite(float(row["q_loss"])) and row["eval_right_way"] == "nan"
+
+
+def test_a_non_finite_reward_or_observation_is_a_fault_in_any_env():
+    for where, reason in ((0, "non-finite observation"), (1, "non-finite reward")):
+        env = envs.FaultGuard(Own(bad=where))
+        first, _ = env.reset(seed=0)
+        obs, reward, terminated, truncated, info = env.step(np.zeros(2, np.float32))
+        assert (reward, terminated, truncated, info["fault"]) == (0.0, False, True, reason)
+        assert np.array_equal(obs, first)
