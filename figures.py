@@ -15,6 +15,7 @@ seeds covers too little. A table prints beside each plot. Figure 4 comes from bo
 import csv
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,31 +173,26 @@ def read_runs(folders, one_env=False):
             label = variant({name: value for name, value in d.items() if name not in shared},
                             run.flags.get("method", "m3po"))
             groups[env].setdefault(label, []).append(run)
-        groups[env] = {label: twins for entry in groups[env].items()
-                       for label, twins in apart(*entry).items()}
-        groups[env] = dict(sorted(groups[env].items(), key=lambda item: item[0] != "M3PO"))
+        named = [item for group in groups[env].items() for item in apart(*group).items()]
+        groups[env] = dict(sorted(named, key=lambda item: item[0] != "M3PO"))
     return groups, titles
 
 
 def apart(label, runs):
     """{label: runs} of runs with the same flags: by folder where a seed comes twice, as in
     ENV/METHOD/seedS of other commits."""
-    def twins(some):
-        seeds = {}
-        for run in some:
-            if (other := seeds.setdefault(run.flags["seed"], run)) is not run:
-                return other, run
-
-    if not twins(runs):
-        return {label: runs}
     by_folder = {}
     for run in runs:
-        by_folder.setdefault(run.folder.resolve().parent, []).append(run)
-    for some in by_folder.values():
-        if pair := twins(some):
-            raise FigureError(f"{pair[0].folder} and {pair[1].folder} are one variant ({label}) "
-                              f"with one seed ({pair[0].flags['seed']})")
-    return {f"{label}, {folder.name}": some for folder, some in by_folder.items()}
+        of_seed = by_folder.setdefault(run.folder.resolve().parent, {})
+        twin = of_seed.setdefault(run.flags["seed"], run)
+        if twin is not run:
+            raise FigureError(f"{twin.folder} and {run.folder} are one variant ({label}) with one "
+                              f"seed ({run.flags['seed']})")
+    if len({run.flags["seed"] for run in runs}) == len(runs):
+        return {label: runs}
+    root = os.path.commonpath(by_folder)
+    return {f"{label}, {folder.relative_to(root)}": list(of_seed.values())
+            for folder, of_seed in by_folder.items()}
 
 
 def over_seeds(runs, column):

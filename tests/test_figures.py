@@ -170,7 +170,8 @@ def test_a_half_written_last_row_is_left_out(tmp_path):
 def test_reward_is_aligned_at_the_switch_and_ends_at_the_next(trained_runs, monkeypatch):
     reward = np.arange(100.0)[:, None]
     switched = np.isin(reward, (3, 30, 50)).astype(float)
-    monkeypatch.setattr(figures, "evaluate", lambda *a: {"reward": reward, "switched": switched})
+    monkeypatch.setattr(figures, "evaluate", lambda *a, show: {
+        "reward": reward, "switched": switched})
     x, rows = figures.around_switches(figures.read_run(trained_runs["toy"]), 1)
     assert x.tolist() == list(range(-5, 26)) and len(rows) == 3
     nan = float("nan")
@@ -238,14 +239,17 @@ def test_runs_that_do_not_belong_together_get_one_line(tmp_path, capsys):
     assert not out.exists()
 
 
-def test_one_variant_of_two_commits_is_two_curves_named_after_their_folders(tmp_path, capsys):
-    for method, seed in (("old", 0), ("m3po", 0), ("m3po", 1)):
-        (tmp_path / method).mkdir(exist_ok=True)
-        fake_run(tmp_path / method / f"seed{seed}", seed=seed)
-    runs = [str(folder) for folder in tmp_path.glob("*/*")]
+@pytest.mark.parametrize("old, names", [
+    ("results/old", ("old", "m3po")), ("copy/m3po", ("copy/m3po", "results/m3po"))])
+def test_one_variant_of_two_commits_is_two_curves_named_after_their_folders(
+        old, names, tmp_path, capsys):
+    runs = []
+    for method, seed in ((old, 0), ("results/m3po", 0), ("results/m3po", 1)):
+        (tmp_path / method).mkdir(parents=True, exist_ok=True)
+        runs.append(str(fake_run(tmp_path / method / f"seed{seed}", seed=seed)))
     figures.main(["curves", *runs, "--out", str(tmp_path / "c.svg")])
-    found = re.findall(r"M3PO, (\w+) +(\d)", capsys.readouterr().out)
-    assert sorted(found) == [("m3po", "2"), ("old", "1")]
+    found = re.findall(r"M3PO, ([\w/]+) +(\d)", capsys.readouterr().out)
+    assert found == list(zip(names, "12"))
 
 
 def test_theory_says_which_quantity_no_run_has_measured(tmp_path):
