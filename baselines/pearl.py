@@ -26,7 +26,7 @@ new. In the original z is drawn once per episode, here at each step; evaluation 
 
 A row of D_env is learned from with the c before it, the window of h_t, of which its own transition
 is no part: an encoder that sees r_t would teach Q to read r_t off z. Each time a row is learned
-from, a fresh half of that window is c: with the same c each time, z would come to say which row it
+from, a fresh half of that window is c: with the same c each time, z could come to say which row it
 is. The same z stands in the target, at o', as in the original. Deviations, with their reasons:
 docs/DEVIATIONS.md.
 """

@@ -129,7 +129,7 @@ def test_a_rows_own_transition_is_not_in_its_context(agent):
 
 
 def test_a_row_is_learned_with_another_part_of_its_window_each_time(agent):
-    """With the same context each time z says which row it is: Q learns rows by heart."""
+    """With the same context each time z could say which row it is: Q would learn rows by heart."""
     D_env = EnvBuffer(500, 2, 1, L=4)
     for i in range(500):
         D_env.add([i, 0], [0], i, [i + 1, 0], False, (i + 1) % 50 == 0)
