@@ -64,7 +64,8 @@ def fresh_episodes(policy, env, env_seeds, L, device):
 @torch.no_grad()
 def q_and_soft_return(policy, episodes):
     """Mean min_i Q_i(a_t, h_t) over the first half of whole episodes, and the mean of what it
-    predicts: r_t + gamma (r_{t+1} - alpha log pi(a_{t+1} | h_{t+1}) + gamma (...)).
+    predicts: r_t + gamma (r_{t+1} - alpha log pi(a_{t+1} | h_{t+1}) + gamma (...)), r times the
+    policy's reward scale.
 
     Past an episode's time limit Q itself speaks, which has little weight then: at most
     gamma^(T / 2). log pi is that of another action drawn from the same pi.
@@ -79,7 +80,7 @@ def q_and_soft_return(policy, episodes):
     next_actions, next_logp = policy.sample(*after, torch.randn_like(actions))
     v = policy.q_values(policy.qf, *after, next_actions).amin(0) - alpha * next_logp
     v, bonus = (v * (1 - batch.terminated)).tolist(), (alpha * entropy).tolist()
-    rewards = rewards.tolist()
+    rewards = (policy.reward_scale * rewards).tolist()
     n, age = len(rows), episodes.age[:len(rows)].tolist()
     soft, first_half, length = [0.0] * n, [False] * n, 0
     for i in reversed(range(n)):

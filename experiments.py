@@ -139,8 +139,8 @@ OF_THE_MODEL = set("M B k model_updates model_lr model_decay model_batch beta_nl
 
 def refuse_others(folder, trained, wanted, option):
     """Refused if the run in folder, trained with these flags, is not the wanted one. A flag that
-    did not exist then was off."""
-    trained = {"method": "m3po"} | trained
+    did not exist then was off: false, none, or a factor of 1."""
+    trained = {"method": "m3po", "reward_scale": 1.0} | trained
     ignored = flags.MAY_CHANGE - {"N"} | (OF_THE_MODEL if wanted.get("beta") == 0 else set())
     for name in wanted.keys() - ignored:
         was = trained.get(name)

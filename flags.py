@@ -34,7 +34,7 @@ DEFAULTS = dict(
     env_capacity=1_000_000,
     # meta-policy
     warmup=3_000, batch_size=256, lr=3e-4, gamma=0.99, tau=0.005, alpha=None, target_entropy=None,
-    layer_norm=True,
+    layer_norm=True, reward_scale=1.0,
     # the paper's variants
     rollout="branched", model="gru", hybrid=None, beta=0.5, no_token_reward=False,
     # running
@@ -238,6 +238,8 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
     add("--target-entropy", type=in_range(float, -math.inf), metavar="NATS",
         help="that the tuned temperature aims at", shows="minus half the action dims; toy -2")
     add("--layer-norm", action=argparse.BooleanOptionalAction, help="normalise Q's hidden layers")
+    add("--reward-scale", type=positive, metavar="FACTOR",
+        help="on the rewards that Q learns from; below 1 where they are large")
 
     add = group("the paper's variants, and one idea removed")
     add("--rollout", choices=("branched", "full"),

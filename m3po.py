@@ -124,7 +124,7 @@ def build(args, env, device):
     widths = (args.width,) * 2
     policy = MetaPolicy(O, A, token_dim, widths, args.z_dim, args.gamma, args.tau, args.lr,
                         args.alpha, args.target_entropy, args.layer_norm,
-                        args.newest_token, args.token_changes).to(device)
+                        args.newest_token, args.token_changes, args.reward_scale).to(device)
     shape = dict(members=args.B, widths=widths, z_dim=args.z_dim, token_dim=token_dim,
                  layer_norm=args.model_layer_norm, newest=args.newest_token,
                  changes=args.token_changes)

@@ -35,14 +35,15 @@ class MetaPolicy(nn.Module):
 
     def __init__(self, obs_dim, act_dim, token_dim=None, widths=(400, 400), z_dim=5, gamma=0.99,
                  tau=0.005, lr=3e-4, alpha=None, target_entropy=None, layer_norm=False,
-                 newest=False, changes=False):
+                 newest=False, changes=False, reward_scale=1.0):
         """alpha: a fixed temperature (1.0 is the paper's objective); None tunes it, from 0.1.
         layer_norm: in Q, which without it runs away upwards (docs/DEVIATIONS.md). newest: see
-        HistoryNet; changes: see scale_tokens."""
+        HistoryNet; changes: see scale_tokens. reward_scale: Q is of rewards times it."""
         super().__init__()
         O, A = obs_dim, act_dim
         token_dim = O + A + 1 if token_dim is None else token_dim
         self.obs_dim, self.act_dim, self.gamma, self.tau = O, A, gamma, tau
+        self.reward_scale = reward_scale
         self.token_dim, self.changes = token_dim, changes and token_dim > 0
         token_dim += O * self.changes
         self.actor = HistoryNet(1, token_dim, O, 2 * A, widths, z_dim, newest=newest)
@@ -110,10 +111,10 @@ class MetaPolicy(nn.Module):
     # ---- learning: Algorithm 2, lines 10-12 ---------------------------------------------------
 
     def critic_loss(self, batch, noise):
-        """Q(a_t, h_t) -> y = r_t + gamma (1 - d_t) [min_i Q'_i(a', h') - alpha log pi(a' | h')]
+        """Q(a_t, h_t) -> y = c r_t + gamma (1 - d_t) [min_i Q'_i(a', h') - alpha log pi(a' | h')]
 
-        with h' = h_{t+1} (Sec. 6, Q and V). Only termination cuts the bootstrap: d_t is
-        never a time limit.
+        with h' = h_{t+1} (Sec. 6, Q and V) and c the reward scale. Only termination cuts the
+        bootstrap: d_t is never a time limit.
         """
         obs, actions, rewards = batch.split(self.obs_dim)
         with torch.no_grad():
@@ -121,7 +122,7 @@ class MetaPolicy(nn.Module):
             next_actions, next_logp = self.sample(*history, noise)
             q_next = self.q_values(self.qf_target, *history, next_actions).amin(0)
             v_next = q_next - self.log_alpha.exp() * next_logp  # [B]
-            y = rewards + self.gamma * (1 - batch.terminated) * v_next
+            y = self.reward_scale * rewards + self.gamma * (1 - batch.terminated) * v_next
         q = self.q_values(self.qf, batch.tokens[:-1], batch.mask[:-1], obs, actions)
         assert q.shape == (2, *y.shape)
         error = q - y  # the TD error of both Qs (Fig. 17)

@@ -386,7 +386,7 @@ def slow_losses(policy, batch, noise):
         next_action = torch.tanh(gaussian.mean + gaussian.stddev * noise[0, b])
         v = min(q(policy.qf_target, *after, next_action))
         v -= alpha * squashed.log_prob(next_action).item()
-        y = reward + (0.0 if batch.terminated[b] else policy.gamma * v)
+        y = policy.reward_scale * reward + (0.0 if batch.terminated[b] else policy.gamma * v)
         critic += sum((q_i - y) ** 2 for q_i in q(policy.qf, *now, action)) / B
         td_error += sum(abs(q_i - y) for q_i in q(policy.qf, *now, action)) / (2 * B)
 
@@ -400,9 +400,9 @@ def slow_losses(policy, batch, noise):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("alpha", [None, 0.7])
-def test_the_three_losses_equal_their_equations_row_by_row(alpha):
-    policy = tiny_policy(alpha=alpha, gamma=0.9)
+@pytest.mark.parametrize("alpha, scale", [(None, 1.0), (0.7, 1.0), (None, 0.1)])
+def test_the_three_losses_equal_their_equations_row_by_row(alpha, scale):
+    policy = tiny_policy(alpha=alpha, gamma=0.9, reward_scale=scale)
     batch = random_batch(2, 2, L=3, B=24, dtype=torch.float64)
     noise = torch.randn(2, 24, 2).double()
     critic, td_error, actor, temperature, logp = slow_losses(policy, batch, noise)

@@ -49,7 +49,7 @@ from policy import LOGGED, MetaPolicy
 from rollouts import Batch, EnvBuffer
 
 # The command line: flags.py. L is the number of transitions in c, lineage: oyster, PEARL's code.
-SAME = "G z_dim batch_size lr tau alpha target_entropy layer_norm".split()
+SAME = "G z_dim batch_size lr tau alpha target_entropy layer_norm reward_scale".split()
 DEFAULTS = dict(kl_weight=0.1, keep=0.5)  # lineage; ours
 BY_ENV = {}
 
@@ -213,7 +213,8 @@ def build(args, env, device):
     O, A = env.observation_space.shape[0], env.action_space.shape[0]
     return Pearl(O, A, (args.width,) * 2, args.z_dim, args.lr, args.kl_weight, args.keep,
                  gamma=args.gamma, tau=args.tau, alpha=args.alpha,
-                 target_entropy=args.target_entropy, layer_norm=args.layer_norm).to(device)
+                 target_entropy=args.target_entropy, layer_norm=args.layer_norm,
+                 reward_scale=args.reward_scale).to(device)
 
 
 def begin(args, env, state):

@@ -55,6 +55,7 @@ class Fixed:
     """A policy whose Qs are o and o + 1, whose log pi is -3 and whose alpha is 0.5."""
 
     obs_dim, act_dim, gamma, qf, log_alpha = 1, 1, 0.9, None, torch.tensor(0.5).log()
+    reward_scale = 1.0
 
     def act(self, tokens, mask, obs):
         return torch.full((len(obs), 1), 0.25)
@@ -66,8 +67,9 @@ class Fixed:
         return torch.stack([obs[:, 0], obs[:, 0] + 1])
 
 
-@pytest.mark.parametrize("terminated", [False, True])
-def test_the_soft_return_is_the_discounted_sum_of_rewards_and_entropies_that_followed(terminated):
+@pytest.mark.parametrize("terminated, scale", [(False, 1.0), (True, 1.0), (False, 0.1)])
+def test_the_soft_return_is_the_discounted_sum_of_rewards_and_entropies_that_followed(
+        terminated, scale):
     episodes = EnvBuffer(20, 1, 1, 2)
     rewards, v_end = [1.0, -2.0, 4.0, 3.0, 0.5], 7.0 + 0.5 * 3
     for episode in range(2):
@@ -80,10 +82,12 @@ def test_the_soft_return_is_the_discounted_sum_of_rewards_and_entropies_that_fol
             total = 0.0
             for i in range(t, 5):
                 entropy = 0.5 * 3 if i > t else 0.0
-                total += 0.9 ** (i - t) * (rewards[i] + episode + entropy)
+                total += 0.9 ** (i - t) * (scale * (rewards[i] + episode) + entropy)
             slow.append(total + (0 if terminated else 0.9 ** (5 - t) * v_end))
             q.append(t)
-    found = diagnostics.q_and_soft_return(Fixed(), episodes)
+    policy = Fixed()
+    policy.reward_scale = scale
+    found = diagnostics.q_and_soft_return(policy, episodes)
     assert found == pytest.approx((sum(q) / 6, sum(slow) / 6), rel=1e-5)
 
 

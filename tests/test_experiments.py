@@ -140,7 +140,7 @@ def test_what_the_results_hold_is_finished_on_any_machine(tmp_path, monkeypatch,
 def test_a_flag_that_did_not_exist_when_a_result_was_made_was_off(tmp_path):
     folder = fake_run(tmp_path / "old", (1, 3), steps=(1500, 3000))
     config = json.loads((folder / "config.json").read_text())
-    for name in ("newest_token", "threads", "method"):
+    for name in ("newest_token", "threads", "method", "reward_scale"):
         del config["flags"][name]
     (folder / "config.json").write_text(json.dumps(config))
     flags = ["--methods", "m3po", "--seeds", 0, "--results", tmp_path / "results"]
@@ -148,6 +148,8 @@ def test_a_flag_that_did_not_exist_when_a_result_was_made_was_off(tmp_path):
     assert experiments.is_kept(wanted(*flags, "--", "--no-newest-token")[1][0])
     with pytest.raises(experiments.Refused, match="with newest_token None, not True"):
         experiments.is_kept(wanted(*flags, "--", "--newest-token")[1][0])
+    with pytest.raises(experiments.Refused, match="with reward_scale 1.0, not 0.1"):
+        experiments.is_kept(wanted(*flags, "--", "--no-newest-token", "--reward-scale", .1)[1][0])
     shutil.copytree(folder, tmp_path / "results/point-fwd-bwd/pearl/seed0")
     with pytest.raises(experiments.Refused, match="not"):
         experiments.is_kept(wanted("--methods", "pearl", *flags[2:])[1][0])
