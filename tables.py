@@ -1,17 +1,23 @@
-"""The tables that experiments.py writes of its grid: one per env, a row per method, in markdown.
+"""The tables that experiments.py writes of its grid: one per env, a row per method, in markdown; of
+several envs one more, in which they share a scale.
 
 METHODS are the rows there may be. What stands in them was read from progress.csv and config.json of
-finished runs; the column of seeds says which have ended.
+finished runs; the column of seeds says which have ended. Only the zero action is played for them.
 """
 
 import json
 import math
+from argparse import Namespace
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
+import envs
 import figures
-from evaluation import early_steps
+import m3po
+from evaluation import Group, early_steps, evaluate, summarise
 
 
 class Method(NamedTuple):
@@ -57,44 +63,130 @@ def closed_form(env):
             f"(1 - 1/{every}) = {(T - 1) * (1 - 1 / every):.2f} if not, 0 if blind to history.")
 
 
+class ZeroAction:
+    """The policy that does nothing: in the middle of each action's bounds."""
+
+    def __init__(self, env):
+        self.act_dim = env.action_space.shape[0]
+
+    def act(self, tokens, mask, obs, deterministic):
+        return torch.zeros(len(obs), self.act_dim)
+
+
+def play_nothing(flags):
+    """What an evaluation of the zero action finds with a run's flags, as {column: number}."""
+    args = Namespace(**flags)
+    with closing(Group([m3po.make_env(args) for _ in range(args.eval_episodes)])) as group:
+        env, env_seeds = group.envs[0], envs.seeds(0, 1, 0, args.eval_episodes)
+        episodes = evaluate(ZeroAction(env), group, env_seeds, args.L)
+        return summarise(episodes, args.gamma, early_steps(env))[2]
+
+
 def steps(run):
     return run.wanted["N"] * run.wanted["E"]
 
 
-def row(runs, kept, usual_steps):
+def text(number):
+    return f"{number:.2f}" if math.isfinite(number) else "-"
+
+
+def reached(kept, half):
+    """The env steps, in 1,000, after which a run's return was first above `half`: mean over the
+    runs that got there, and how many did where it was not all."""
+    first = []
+    for run in kept:
+        x, values = run.curve("eval_return_mean")
+        first += list(x[values >= half][:1])
+    of = f" ({len(first)} of {len(kept)})" if len(first) < len(kept) else ""
+    return f"{np.mean(first):.1f}{of}" if first else "-"
+
+
+def row(runs, kept, usual_steps, half):
     """A method's row: its runs of the grid in one env, and what is kept of those that ended."""
     def mean(column):
-        value = figures.known_mean(np.array(
-            [run.progress.get(column, [math.nan])[-1] for run in kept]))
-        return f"{value:.2f}" if math.isfinite(value) else "-"
+        return text(figures.known_mean(np.array(
+            [run.progress.get(column, [math.nan])[-1] for run in kept])))
 
-    method, returns = runs[0].method, [run.progress["eval_return_mean"] for run in kept]
+    method, returns = runs[0].method, [run.curve("eval_return_mean")[1] for run in kept]
     less = f", after {steps(runs[0]):,} env steps" if steps(runs[0]) != usual_steps else ""
     return "| " + " | ".join([
         f"{method.label}: {method.shows}{less}", f"`{method.flags}`" if method.flags else "-",
         figures.with_interval([values[-1] for values in returns]) if kept else "-",
-        figures.with_interval([np.nanmean(values) for values in returns]) if kept else "-",
-        mean("eval_right_way"),
+        figures.with_interval([values.mean() for values in returns]) if kept else "-",
+        reached(kept, half), mean("eval_right_way"),
         mean("eval_reward_after_switch") + " / " + mean("eval_reward_otherwise"),
         mean("model_explained_reward"),
         " ".join(str(run.flags["seed"]) for run in kept) or "-"]) + " |"
 
 
-def table(runs, kept, env):
-    """Markdown of the runs in one env; kept: {run folder: figures.Run}."""
+def final_returns(twins, kept):
+    """{seed: last return} of a method's runs in one env that ended."""
+    return {run.seed: kept[run.folder].curve("eval_return_mean")[1][-1]
+            for run in twins if run.folder in kept}
+
+
+def grouped(runs):
+    """{method: its runs}."""
     by_method = {}
     for run in runs:
         by_method.setdefault(run.method, []).append(run)
-    usual = runs[0]
+    return by_method
+
+
+def best_return(by_method, kept):
+    """The highest mean of last returns; the oracle, a bound, is not in the running."""
+    means = [np.mean(list(final_returns(twins, kept).values())) for method, twins
+             in by_method.items() if method.slug != "oracle" and final_returns(twins, kept)]
+    return max(means, default=math.nan)
+
+
+def table(runs, kept, env, zero):
+    """Markdown of the runs in one env; kept: {run folder: figures.Run}; zero: of play_nothing.
+    Half the way is that from the zero action's return to the best method's last one."""
+    by_method, usual = grouped(runs), runs[0]
+    half = (zero["eval_return_mean"] + best_return(by_method, kept)) / 2
+    nothing = " | ".join([
+        "zero action", "-", f"{zero['eval_return_mean']:.1f}", "-", "-",
+        text(zero["eval_right_way"]), text(zero["eval_reward_after_switch"]) + " / "
+        + text(zero["eval_reward_otherwise"]), "-", "-"])
     return "\n".join([
         f"`{usual.env}`, {usual.wanted['eval_episodes']} episodes after {steps(usual):,} env "
-        "steps; means over seeds, those of returns with Student's 95 % interval."
-        f"{closed_form(env)}", "",
-        "| method | flags | final return | mean of all evaluations | right way | reward per step, "
-        f"first {early_steps(env)} after a switch / else | explained reward, held out | seeds |",
-        "|---|---|---|---|---|---|---|---|",
-        *(row(twins, [kept[run.folder] for run in twins if run.folder in kept], steps(usual))
-          for twins in by_method.values())]) + "\n"
+        "steps; means over seeds, those of returns with Student's 95 % interval. Half: half the way "
+        f"from the zero action to the best method.{closed_form(env)}", "",
+        "| method | flags | final return | mean of all evaluations | 1,000 steps to half | right "
+        f"way | reward per step, first {early_steps(env)} after a switch / else | explained reward,"
+        " held out | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(row(twins, [kept[run.folder] for run in twins if run.folder in kept], steps(usual), half)
+          for twins in by_method.values()), f"| {nothing} |"]) + "\n"
+
+
+def overview(runs, kept, zeros):
+    """Markdown of what the methods reach in all envs together; zeros: {env: return}. A return is
+    put on a scale on which the zero action is 0 and the env's best method 1. Of a seed's envs
+    stands the interquartile mean, of the seeds the mean, with its interval."""
+    from scipy import stats
+    scaled = {}  # {method: {seed: [value per env]}}
+    for env, zero in zeros.items():
+        by_method = grouped([run for run in runs if run.env == env])
+        best = best_return(by_method, kept)
+        for method, twins in by_method.items():
+            for seed, value in final_returns(twins, kept).items():
+                scaled.setdefault(method, {}).setdefault(seed, []).append(
+                    (value - zero) / (best - zero))
+    rows = []
+    for method, by_seed in scaled.items():
+        whole = [stats.trim_mean(values, 0.25) for values in by_seed.values()
+                 if len(values) == len(zeros)]
+        if whole:
+            low, high = figures.students_interval(whole)
+            span = f" [{low:.2f}, {high:.2f}]" if len(whole) > 1 else ""
+            rows.append(f"| {method.label} | {np.mean(whole):.2f}{span} | {len(whole)} |")
+    return "\n".join([
+        f"All {len(zeros)} envs: final return on a scale from 0, the zero action, to 1, the best "
+        "method's mean; the interquartile mean over envs of each seed, then mean over the seeds "
+        "that ended in all of them, and Student's 95 % interval.", "",
+        "| method | interquartile mean | seeds |", "|---|---|---|", *rows]) + "\n"
 
 
 def tables(runs, kept, made, line, left_out):
@@ -112,5 +204,12 @@ def tables(runs, kept, made, line, left_out):
     head = (f"`{line}`: {' and '.join(sorted(machines))}, median "
             f"{np.median([run.seconds() for run in kept.values()]):.0f} s per run; "
             f"{'; '.join(sorted(used))}.")
-    return "\n".join([" ".join([head, *left_out]) + "\n", *(
-        table([run for run in runs if run.env == name], kept, env) for name, env in made.items())])
+    parts, zeros = [], {}
+    for name, env in made.items():
+        of_env = [run for run in runs if run.env == name]
+        zero = play_nothing(of_env[0].wanted)
+        parts.append(table(of_env, kept, env, zero))
+        zeros[name] = zero["eval_return_mean"]
+    if len(made) > 1:
+        parts.append(overview(runs, kept, zeros))
+    return "\n".join([" ".join([head, *left_out]) + "\n", *parts])

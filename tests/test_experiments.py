@@ -83,11 +83,13 @@ def test_experiments_skip_what_is_finished_go_on_with_what_is_not_and_outlive_a_
     table = (tmp_path / "out/table.md").read_text()
     assert table in said and "95.04" in table and "first 12 after a switch" in table
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
-    assert [row.split(":")[0] for row in rows] == ["| M3PO", "| k=2", "| blind"]
+    assert [row.split(":")[0].split(" |")[0] for row in rows] == [
+        "| M3PO", "| k=2", "| blind", "| zero action"]
     returns = [float(row["eval_return_mean"]) for row in read_rows(out / "m3po/seed0")]
     way = float(read_rows(out / "m3po/seed0")[-1]["eval_right_way"])
-    assert f"| {returns[-1]:.1f} | {np.mean(returns):.1f} | {way:.2f} |" in rows[0]
-    assert rows[1].endswith("| `--k 2` | - | - | - | - / - | - | - |")
+    assert f"| {returns[-1]:.1f} | {np.mean(returns):.1f} | " in rows[0]
+    assert rows[0].split(" | ")[5] == f"{way:.2f}"
+    assert rows[1].endswith("| `--k 2` | - | - | - | - | - / - | - | - |")
 
     assert sorted(str(path.relative_to(results)) for path in results.rglob("*.*")) == sorted(
         f"{slug}/seed0/{name}" for slug in ("m3po", "blind")
@@ -127,7 +129,7 @@ def test_what_the_results_hold_is_finished_on_any_machine(tmp_path, monkeypatch,
     assert "1 runs: 1 done" in capsys.readouterr().out
     assert experiments.main([*flags, "--table"]) == 0
     said = capsys.readouterr().out
-    assert "| 3.0 | 2.0 | - | - / - | - | 0 |" in said and "| `--k 5` | - | - " in said
+    assert "| 3.0 | 2.0 | 3.0 | - | - / - | - | 0 |" in said and "| `--k 5` | - | - " in said
     assert not (tmp_path / "out").exists()
     figures.main(["curves", str(here / "seed0"), "--out", str(tmp_path / "c.png")])
 

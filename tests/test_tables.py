@@ -55,5 +55,18 @@ def test_the_tables_of_many_envs_come_from_the_results_alone(tmp_path, capsys):
     toy, ant = said.split("\n`ant-fwd-bwd`, 50 episodes after 200,000 env steps")
     assert "`point-fwd-bwd`, 50 episodes after 3,000 env steps" in toy and "95.04" in toy
     assert "| M3PO: the default, k = 1 | - | 5.0 [-7.7, 17.7] | 3.0 [" in toy
-    assert "after 2,000 env steps | - | 8.0 | 4.5 |" in toy and "| 1 |\n" in toy
+    assert "after 2,000 env steps | - | 8.0 | 4.5 | 2.0 |" in toy and "| 1 |\n" in toy
+    assert "| zero action | - | 0.0 | - | - | 0.00 | 0.00 / 0.00 | - | - |\n" in toy
     assert "| 950.0 | 925.0 |" in ant and "95.04" not in ant and "median 60 s" in toy
+    nothing = float(ant.split("| zero action | - | ")[1].split(" |")[0])
+    assert nothing > 0  # an ant that stands earns 1 a step
+    # Of the toy 0 and 8 are the ends, of the ant its zero action and 950; the ant's seed 1 is not.
+    both = said.split("All 2 envs")[1]
+    assert f"| M3PO | {(4 / 8 + 1) / 2:.2f} | 1 |" in both and "GHP" not in both
+
+
+def test_half_the_way_is_reached_at_the_first_evaluation_that_is_there(tmp_path):
+    kept = [figures.read_run(fake_run(tmp_path / name, returns, steps=(2_000, 4_000, 6_000)))
+            for name, returns in (("a", (1, 5, 2)), ("b", (1, 2, 6)), ("c", (1, 2, 3)))]
+    assert tables.reached(kept[:2], 5) == "5.0" and tables.reached(kept, 5) == "5.0 (2 of 3)"
+    assert tables.reached(kept, 9) == "-" and tables.reached(kept, 1) == "2.0"
