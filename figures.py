@@ -27,7 +27,7 @@ import evaluation
 import m3po
 import play
 from evaluation import Group, evaluate
-from flags import OneLineParser, count, differences
+from flags import OneLineParser, count, defaults, differences
 from logs import method_name
 
 # Okabe and Ito's colours and four of Tol's, which the colour-blind tell apart.
@@ -165,8 +165,10 @@ def read_runs(folders, one_env=False):
         raise FigureError(f"{' and '.join(by_env)} have no common scale here: one env at a time")
     for env, runs in by_env.items():
         differs = [differences(run.flags) for run in runs]
-        shared = {name: value for name, value in differs[0].items()
-                  if name not in STRUCTURE and all(d.get(name) == value for d in differs)}
+        has = [defaults(env, run.flags.get("method", "m3po")) for run in runs]  # a baseline less
+        shared = {name: value for d in differs for name, value in d.items()
+                  if name not in STRUCTURE and all(other.get(name) == value or name not in flags
+                                                   for other, flags in zip(differs, has))}
         titles[env] = f"{env}\n{variant(shared)}" if shared else env
         groups[env] = {}
         for run, d in zip(runs, differs):

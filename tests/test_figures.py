@@ -1,5 +1,6 @@
 """figures.py: curves, tables and pictures of runs."""
 
+import json
 import math
 import re
 
@@ -142,6 +143,13 @@ def test_settings_that_all_runs_share_stand_in_the_title(tmp_path):
     assert titles == {"point-fwd-bwd": "point-fwd-bwd\nG = 9"}
     assert {label: len(group) for label, group in groups["point-fwd-bwd"].items()} == {
         "M3PO": 2, "k = 5": 1}
+    planner = fake_run(tmp_path / "d", method="l2a")  # has no G, so it contradicts none
+    config = json.loads((planner / "config.json").read_text())
+    del config["flags"]["G"]
+    (planner / "config.json").write_text(json.dumps(config))
+    assert figures.read_runs([*runs, planner])[1] == titles
+    assert "point-fwd-bwd" == figures.read_runs([*runs, fake_run(tmp_path / "e", seed=2)])[1][
+        "point-fwd-bwd"]
 
 
 def test_the_table_counts_right(tmp_path, capsys):
