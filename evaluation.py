@@ -224,6 +224,12 @@ def summarise(episodes, gamma, early):
     }
 
 
+def span(env):
+    """The steps from a switch at which reward is looked at: an array with 0 at the switch."""
+    period = getattr(env.unwrapped, "switch_every", None) or 100
+    return np.arange(-20, 61) if period >= 100 else np.arange(-math.ceil(period / 5), period + 1)
+
+
 def around_switches(episodes, x):
     """Reward [switches, X] at steps x [X] from each switch of evaluate's arrays, NaN where neither
     the task before it nor the one after it holds; and [(episode, step)] of the switches."""

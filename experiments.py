@@ -165,7 +165,9 @@ def keep(run):
     """
     with checkpoint.writing(run.result):
         run.result.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(run.folder / "progress.csv", run.result / "progress.csv")
+        for name in ("progress.csv", "switches.csv"):  # the latter if the task ever switched
+            if (run.folder / name).exists():
+                shutil.copyfile(run.folder / name, run.result / name)
     config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
     config["flags"] |= {"out": str(run), "resume": None}
     config["cpu"] = cpu_name()

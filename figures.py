@@ -6,8 +6,8 @@
     python figures.py envs --out envs.png                      the environments (Figure 6)
 
 A run is a folder with config.json and progress.csv: a run folder, or what experiments.py keeps of
-one in results/. Only `adaptation` needs its agent.pt too. Runs are grouped by env and variant,
-which is what in config.json differs from m3po.py's defaults for that env. Lines are means over
+one in results/; `adaptation` needs switches.csv too. Runs are grouped by env and variant, which
+is what in config.json differs from m3po.py's defaults for that env. Lines are means over
 seeds, each seed faint; bands are Student's 95 % intervals, because a bootstrap over two to five
 seeds covers too little. A table prints beside each plot. Figure 4 comes from bounds.py.
 """
@@ -23,11 +23,8 @@ import numpy as np
 
 import drawing
 import envs
-import evaluation
-import m3po
 import play
-from evaluation import Group, evaluate
-from flags import OneLineParser, count, defaults, differences
+from flags import OneLineParser, defaults, differences
 from logs import method_name
 
 # Okabe and Ito's colours and four of Tol's, which the colour-blind tell apart.
@@ -75,16 +72,6 @@ def students_interval(values, level=0.95):
     variance = known_mean((values - mean) ** 2) * n / np.where(n > 1, n - 1, np.nan)  # NaN if n < 2
     half = stats.t.ppf((1 + level) / 2, np.maximum(n - 1, 1)) * np.sqrt(variance / n)
     return mean - half, mean + half
-
-
-def bootstrap_interval(rows, level=0.95):
-    """Percentile bootstrap of known_mean over rows [n, T]: (low, high), each [T]. For many rows: at
-    two to five it covers too little."""
-    from scipy import stats
-    if len(rows) < 2:
-        return np.full(rows.shape[1:], np.nan), np.full(rows.shape[1:], np.nan)
-    return stats.bootstrap((rows,), known_mean, n_resamples=2_000, batch=100, method="percentile",
-                           confidence_level=level, rng=np.random.default_rng(0)).confidence_interval
 
 
 # ---- reading runs -------------------------------------------------------------------------------
@@ -336,21 +323,18 @@ def theory(args):
     finish(figure, axes, args.out)
 
 
-def around_switches(run, episodes):
-    """Reward [switches, T] at steps [T] from a switch in a run's own evaluation, NaN where another
-    task holds."""
-    policy, _, env, args = play.load(run.folder)
-    period = getattr(env.unwrapped, "switch_every", None)
-    if not period:
-        raise FigureError(f"{run.flags['env']} never switches its task within an episode")
-    before, after = (20, 60) if period >= 100 else (math.ceil(period / 5), period)
-    test = Group([m3po.make_env(args) for _ in range(episodes)])
-    x = np.arange(-before, after + 1)
-    metrics = evaluate(policy, test, envs.seeds(0, 2, 0, episodes), args.L, show=True)
-    reward, _ = evaluation.around_switches(metrics, x)
-    if not len(reward):
-        raise FigureError(f"{run.folder}: no switch in {episodes} episodes; try more --episodes")
-    return x, reward
+def around_switches(run):
+    """Steps from a switch [T], the run's mean reward there in its last evaluation [T], and of how
+    many switches."""
+    path = run.folder / "switches.csv"
+    if not path.exists():
+        raise FigureError(f"{path} does not exist: no task switched in its evaluations, or the run "
+                          "is older than that file")
+    try:
+        x, reward, switches = np.loadtxt(path, delimiter=",", skiprows=1, unpack=True, ndmin=2)
+    except ValueError as error:
+        raise FigureError(f"{path} is broken: {error}") from error
+    return x.astype(int), reward, int(switches.max())
 
 
 def steps_to_recover(x, reward):
@@ -362,20 +346,22 @@ def steps_to_recover(x, reward):
 
 
 def adaptation(args):
-    """Reward around switches. The band is over seeds, or with one seed over its switches."""
+    """Reward around switches."""
     groups, titles = read_runs(args.runs, one_env=True)
     (env, variants), colours = next(iter(groups.items())), palette(groups)
     figure, axes = panels(1, width=7)
     table = []
     for label, runs in variants.items():
-        xs, rows = zip(*(around_switches(run, args.episodes) for run in runs))
-        x, values = xs[0], np.stack([known_mean(r) for r in rows])
-        interval = students_interval(values) if len(runs) > 1 else bootstrap_interval(rows[0])
-        draw_group(axes[0], x, values, interval, colours[label], label)
+        xs, rows, switches = zip(*map(around_switches, runs))
+        x = xs[0]
+        if any(not np.array_equal(x, other) for other in xs):
+            raise FigureError(f"the runs of {label} look at other steps around a switch")
+        values = np.stack(rows)
+        draw_group(axes[0], x, values, students_interval(values), colours[label], label)
         mean = known_mean(values)
         before, after = known_mean(mean[x < 0]), known_mean(mean[(x >= 0) & (x < 5)])
         steps = steps_to_recover(x, mean) if after < before else None
-        table.append((env, label, str(sum(map(len, rows))), f"{before:.2f}", f"{after:.2f}",
+        table.append((env, label, str(sum(switches)), f"{before:.2f}", f"{after:.2f}",
                       str(steps or "-")))
     summary(groups)
     print_table(("env", "variant", "switches", "reward before", "in the 5 steps after",
@@ -418,7 +404,7 @@ def build_parser():
     p = OneLineParser("figures.py", description=__doc__.split("\n\n")[0])
     commands = p.add_subparsers(dest="command", required=True, metavar="FIGURE")
     for draw, text in ((curves, "learning curves, one panel per env"),
-                       (adaptation, "reward around switches of the task, from the saved agents"),
+                       (adaptation, "reward around switches of the task, in the last evaluation"),
                        (theory, "model NLL, KL of the policies, TD error, the theorems' gaps"),
                        (gallery, "the environments")):
         name = "envs" if draw is gallery else draw.__name__
@@ -427,8 +413,6 @@ def build_parser():
         if draw is not gallery:
             c.add_argument("runs", nargs="+", metavar="RUN_DIR",
                            help="run folders, or what is kept of them in results/")
-        if draw is adaptation:
-            c.add_argument("--episodes", type=count, default=20, help="per agent (20)")
         c.add_argument("--out", required=True, type=play.output_path(".png", ".pdf", ".svg"),
                        metavar="PATH", help="where to draw: .png, .pdf or .svg")
     return p

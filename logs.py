@@ -4,6 +4,7 @@
     progress.csv    one row per epoch (FIELDS; docs/LOGS.md explains each column). A baseline leaves
                     empty what it has not and adds what it alone has
     eval.csv        one row per evaluation episode
+    switches.csv    reward around the switches of the task in the last evaluation, if there were any
     events.*        the same numbers for TensorBoard, where it is installed
     wandb/          the same for Weights & Biases, with --track
 """
@@ -29,7 +30,7 @@ from tqdm import tqdm
 import checkpoint
 import diagnostics
 import envs
-from evaluation import early_steps, summarise
+from evaluation import around_switches, early_steps, span, summarise
 from flags import differences, program
 
 FIELDS = [*"""epoch global_step eval_return_mean eval_return_std eval_length_mean
@@ -160,9 +161,23 @@ class Log:
         append_csv(self.out / "eval.csv", ["global_step", "episode", "return", "length"],
                    [{"global_step": progress.step, "episode": i, "return": r, "length": n}
                     for i, (r, n) in enumerate(zip(returns.tolist(), lengths.tolist()))])
+        self.write_switches(episodes)
         progress.last = [metrics["eval_return_mean"], progress.step]
         progress.best = max(progress.best, progress.last)
         return metrics
+
+    def write_switches(self, episodes):
+        """The mean reward at each step from a switch, and of how many switches it is the mean."""
+        x = span(self.env)
+        reward, places = around_switches(episodes, x)
+        if places:
+            n = np.isfinite(reward).sum(0)
+            mean = np.nansum(reward, 0) / np.maximum(n, 1)
+            rows = zip(x.tolist(), np.where(n, mean, np.nan).tolist(), n.tolist())
+            text = "".join(f"{step},{value!r},{count}\n" for step, value, count in rows)
+            checkpoint.write_atomically(
+                self.out / "switches.csv",
+                lambda f: f.write(f"steps_since_switch,reward,switches\n{text}".encode()))
 
     def write(self, row):
         """Complete an epoch's row; to progress.csv, TensorBoard, the screen."""

@@ -253,6 +253,9 @@ def assert_same_run(a, b):
             state["flags"].pop(name)
     assert state_differences(*states) == []
     assert read_rows(a) == read_rows(b) and read_rows(a, "eval.csv") == read_rows(b, "eval.csv")
+    switches = [folder / "switches.csv" for folder in (a, b)]
+    assert switches[0].exists() == switches[1].exists()
+    assert not switches[0].exists() or switches[0].read_bytes() == switches[1].read_bytes()
 
 
 class RunEnv(gym.Env):

@@ -55,7 +55,7 @@ def test_the_readmes_figure_can_be_drawn_in_a_fresh_clone():
     assert figures.read_runs(sorted(ROOT.glob(pattern)))[0]["point-fwd-bwd"]
 
 
-@pytest.mark.parametrize("log", ["progress.csv", "eval.csv"])
+@pytest.mark.parametrize("log", ["progress.csv", "eval.csv", "switches.csv"])
 def test_logs_md_explains_exactly_the_columns_there_are(run_folder, log):
     with open(run_folder / log, newline="") as f:
         columns = next(csv.reader(f))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -17,9 +18,10 @@ import torch
 
 import envs
 import evaluation
+import logs
 import m3po
 from policy import MetaPolicy
-from tests.conftest import read_rows, run
+from tests.conftest import parse, read_rows, run
 
 
 class CountingEnv:
@@ -74,6 +76,29 @@ def test_adaptation_is_the_reward_within_50_steps_after_a_real_switch():
     assert found["eval_reward_after_switch"] == -2 and found["eval_reward_otherwise"] == 1
     assert found["eval_right_way"] == 0.75 and found["eval_faults"] == 1
     assert found["eval_discounted_return"] == pytest.approx(2.0)
+
+
+def test_reward_is_aligned_at_the_switch_and_ends_at_the_next(tmp_path):
+    reward = np.arange(100.0)[:, None]
+    episodes = {"reward": reward, "switched": np.isin(reward, (3, 30, 50)).astype(float)}
+    args, env, _ = parse()
+    x = evaluation.span(env)
+    assert x.tolist() == list(range(-5, 26))  # the toy's period is 25
+    assert evaluation.span(envs.make("ant-fwd-bwd")).tolist() == list(range(-20, 61))
+    rows, places = evaluation.around_switches(episodes, x)
+    nan = float("nan")
+    assert np.array_equal(rows[0], [nan, nan, *range(0, 29)], equal_nan=True)
+    assert np.array_equal(rows[1], [*range(25, 50), *[nan] * 6], equal_nan=True)
+    assert np.array_equal(rows[2], range(45, 76)) and places == [(0, 3), (0, 30), (0, 50)]
+
+    log = SimpleNamespace(env=env, out=tmp_path)  # and what is written of them
+    logs.Log.write_switches(log, episodes)
+    steps, mean, n = np.loadtxt(tmp_path / "switches.csv", delimiter=",", skiprows=1).T
+    assert np.array_equal(steps, x) and n.tolist() == [2] * 2 + [3] * 23 + [2] * 6
+    assert np.allclose(mean, np.nanmean(rows, 0))
+    (tmp_path / "switches.csv").unlink()
+    logs.Log.write_switches(log, {"reward": reward, "switched": np.full((100, 1), nan)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_episode_that_ended_is_not_counted_on():
@@ -283,6 +308,7 @@ def test_no_process_for_less_than_two_episodes_nor_for_none():
 WORKERS_LEFT = """
 import time
 import evaluation
+import logs
 from tests import test_evaluation
 class Slow(test_evaluation.WorkerEnv):
     def step(self, action):

@@ -93,7 +93,7 @@ def test_experiments_skip_what_is_finished_go_on_with_what_is_not_and_outlive_a_
 
     assert sorted(str(path.relative_to(results)) for path in results.rglob("*.*")) == sorted(
         f"{slug}/seed0/{name}" for slug in ("m3po", "blind")
-        for name in ("config.json", "progress.csv"))
+        for name in ("config.json", "progress.csv", "switches.csv"))
     for slug in ("m3po", "blind"):
         config = (results / slug / "seed0/config.json").read_text()
         assert str(tmp_path) not in config

@@ -79,33 +79,11 @@ def test_students_interval_of_known_values():
         assert np.trapezoid(density, x) == pytest.approx(0.95, abs=4e-5)
 
 
-def test_bands_over_a_few_seeds_cover_what_they_say_where_a_bootstraps_would_not():
+def test_bands_over_a_few_seeds_cover_what_they_say():
     rng = np.random.default_rng(0)
     for n in (2, 5):
-        values = rng.normal(size=(n, 4_000))
-        low, high = figures.students_interval(values)
+        low, high = figures.students_interval(rng.normal(size=(n, 4_000)))
         assert ((low < 0) & (0 < high)).mean() == pytest.approx(0.95, abs=0.012)
-        low, high = figures.bootstrap_interval(values)
-        assert ((low < 0) & (0 < high)).mean() < 0.88
-
-
-def test_the_bootstrap_interval_of_known_values():
-    column = lambda *values: np.array(values, float)[:, None]
-    assert np.ravel(figures.bootstrap_interval(column(3, 3, 3))).tolist() == [3, 3]
-    # both ends are drawn a quarter of the time
-    assert np.ravel(figures.bootstrap_interval(column(0, 1))).tolist() == [0, 1]
-    assert np.isnan(figures.bootstrap_interval(column(1))).all()
-    values = np.random.default_rng(1).normal(10, 2, 400)
-    low, high = figures.bootstrap_interval(values[:, None])
-    half = 1.96 * values.std() / 20
-    assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
-    assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
-    narrow = figures.bootstrap_interval(values[:, None], level=0.5)
-    assert low < narrow[0] < narrow[1] < high
-    gaps = np.where(np.arange(400) % 7, values, np.nan)  # another task holds at these
-    shifted = np.stack([gaps, gaps + 1], 1)
-    low, high = figures.bootstrap_interval(shifted)
-    assert low.shape == (2,) and low[1] == pytest.approx(low[0] + 1) and (low < high).all()
 
 
 def test_a_run_is_drawn_from_its_two_small_files_whatever_columns_they_have(tmp_path, capsys):
@@ -175,17 +153,19 @@ def test_a_half_written_last_row_is_left_out(tmp_path):
     assert figures.read_run(folder).progress["global_step"].tolist() == [1000, 2000]
 
 
-def test_reward_is_aligned_at_the_switch_and_ends_at_the_next(trained_runs, monkeypatch):
-    reward = np.arange(100.0)[:, None]
-    switched = np.isin(reward, (3, 30, 50)).astype(float)
-    monkeypatch.setattr(figures, "evaluate", lambda *a, show: {
-        "reward": reward, "switched": switched})
-    x, rows = figures.around_switches(figures.read_run(trained_runs["toy"]), 1)
-    assert x.tolist() == list(range(-5, 26)) and len(rows) == 3
-    nan = float("nan")
-    assert np.array_equal(rows[0], [nan, nan, *range(0, 29)], equal_nan=True)
-    assert np.array_equal(rows[1], [*range(25, 50), *[nan] * 6], equal_nan=True)
-    assert np.array_equal(rows[2], range(45, 76))
+def test_the_adaptation_figure_tells_reward_before_and_after_over_all_switches(tmp_path, capsys):
+    for seed, level in ((0, 1.0), (1, 3.0)):
+        folder = fake_run(tmp_path / str(seed), seed=seed)
+        rows = [f"{x},{level if x < 0 else -level if x < 6 else level},{7 + (x == 0)}\n"
+                for x in range(-3, 20)]
+        (folder / "switches.csv").write_text("steps_since_switch,reward,switches\n" + "".join(rows))
+    figures.main(["adaptation", str(tmp_path / "0"), str(tmp_path / "1"), "--out",
+                  str(tmp_path / "a.svg")])
+    row = capsys.readouterr().out.splitlines()[-2].split()
+    assert row == ["point-fwd-bwd", "M3PO", "16", "2.00", "-2.00", "6"]
+    (tmp_path / "1/switches.csv").write_text("steps_since_switch,reward,switches\n0,x,1\n")
+    assert "switches.csv is broken" in error_line(capsys, figures, "adaptation", tmp_path / "1",
+                                                  "--out", tmp_path / "b.svg")
 
 
 def test_recovery_is_nine_tenths_of_the_way_back():
@@ -239,7 +219,7 @@ def test_runs_that_do_not_belong_together_get_one_line(tmp_path, capsys):
         assert "one env at a time" in error_line(capsys, figures, command, a, b, "--out", out)
     assert "one variant (M3PO) with one seed (0)" in error_line(
         capsys, figures, "curves", a, fake_run(tmp_path / "c"), "--out", out)
-    assert "agent.pt does not exist" in error_line(capsys, figures, "adaptation", a, "--out", out)
+    assert "switches.csv does not exist" in error_line(capsys, figures, "adaptation", a, "--out", out)
     assert "does not exist" in error_line(capsys, figures, "curves", tmp_path / "no", "--out", out)
     assert "no folder" in error_line(capsys, figures, "curves", a, "--out", tmp_path / "no/x.png")
     assert "does not end in" in error_line(
