@@ -159,7 +159,7 @@ def build_parser(method="m3po"):
 M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Algorithm 2.
 
     python m3po.py                                                     the toy: about 2 minutes
-    python m3po.py --env halfcheetah-fwd-bwd --N 20 --G 10 --width 128 a robot: half an hour"""
+    python m3po.py --env halfcheetah-fwd-bwd --N 20 --G 10 --width 128 a robot: under an hour"""
     if method != "m3po":
         own = importlib.import_module(f"baselines.{method}")
         description = own.__doc__.partition("\n")[0]
@@ -216,7 +216,7 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
         help="gradient steps on the meta-model per env step since the last fit")
     add("--beta-nll", type=fraction, metavar="POWER",
         help="each term of the likelihood is weighed by its own variance to this power; 0 is the"
-        " paper's, which hardly learns the reward")
+        " paper's, which learns last what is not explained yet")
     add("--reward-weight", type=positive, metavar="WEIGHT",
         help="of the reward, beside 1 per observation", shows="observation dims")
     add("--model-layer-norm", action=argparse.BooleanOptionalAction,

@@ -168,7 +168,7 @@ class MetaModel(nn.Module):
         add_statistics(self, O, A)
         self.register_buffer("seen", torch.tensor(0))  # rows ever written when it was last fitted
         # beta-NLL 0.5 and a reward that weighs as much as all O observations (docs/DEVIATIONS.md);
-        # beta 0 and weight 1 are the paper's literal likelihood, which does not find the task.
+        # beta 0 and weight 1 are the paper's literal likelihood, which finds the task late.
         self.beta_nll = beta_nll
         weight = torch.ones(O + 1)
         weight[0] = O if reward_weight is None else reward_weight
