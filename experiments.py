@@ -137,11 +137,16 @@ OF_THE_MODEL = set("M B k model_updates model_lr model_decay model_batch beta_nl
                    "model_layer_norm retain rollout model".split())
 
 
-def refuse_others(folder, trained, wanted, option):
+# What a run that has ended need not share: how often it was looked at.
+HOW_OFTEN = {"eval_every", "diagnose_every", "checkpoint_every"}
+
+
+def refuse_others(folder, trained, wanted, option, may_differ=frozenset()):
     """Refused if the run in folder, trained with these flags, is not the wanted one. A flag that
     did not exist then was off: false, none, or a factor of 1."""
     trained = {"method": "m3po", "reward_scale": 1.0} | trained
-    ignored = flags.MAY_CHANGE - {"N"} | (OF_THE_MODEL if wanted.get("beta") == 0 else set())
+    ignored = flags.MAY_CHANGE - {"N"} | may_differ | (
+        OF_THE_MODEL if wanted.get("beta") == 0 else set())
     for name in wanted.keys() - ignored:
         was = trained.get(name)
         if was != wanted[name] and (wanted[name] or was is not None):
@@ -154,7 +159,7 @@ def is_kept(run):
     if not (run.result / "config.json").exists():
         return False
     kept = figures.read_run(run.result)
-    refuse_others(run.result, kept.flags, run.wanted, "--results")
+    refuse_others(run.result, kept.flags, run.wanted, "--results", HOW_OFTEN)
     return kept.progress["global_step"][-1] == run.wanted["N"] * run.wanted["E"]
 
 

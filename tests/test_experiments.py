@@ -170,6 +170,16 @@ def test_what_recurrent_sac_does_not_use_may_have_been_different(tmp_path):
         experiments.refuse_others("f", m3po_flags, m3po_flags | {"model_lr": 3}, "--out")
 
 
+def test_how_often_a_finished_run_was_evaluated_makes_it_no_other(tmp_path):
+    folder = tmp_path / "results/point-fwd-bwd/m3po/seed0"
+    folder.parent.mkdir(parents=True)
+    fake_run(folder, (1, 3), steps=(1500, 3000), eval_every=3, diagnose_every=0)
+    flags = ["--methods", "m3po", "--seeds", 0, "--results", tmp_path / "results"]
+    assert experiments.is_kept(wanted(*flags)[1][0])
+    with pytest.raises(experiments.Refused, match="with eval_episodes 50, not 9"):
+        experiments.is_kept(wanted(*flags, "--", "--eval-episodes", 9)[1][0])
+
+
 def test_the_time_left_is_that_of_the_same_method_and_less_what_is_done(tmp_path):
     _, runs, _, _ = wanted("--methods", "m3po", "k2", "l2a", "--seeds", 0, 1, "--envs",
                            "point-fwd-bwd", "ant-fwd-bwd", "--results", tmp_path, "--out", tmp_path)
