@@ -197,9 +197,14 @@ def close(group, pool, processes):
             time.sleep(0.001)
 
 
+def period(env):
+    """Env steps between switches; 100 where the env does not say."""
+    return getattr(env.unwrapped, "switch_every", None) or 100
+
+
 def early_steps(env):
     """How many steps after a switch count as adapting: 50, or half a shorter period."""
-    return min(50, (getattr(env.unwrapped, "switch_every", None) or 100) // 2)
+    return min(50, period(env) // 2)
 
 
 def summarise(episodes, gamma, early):
@@ -226,8 +231,8 @@ def summarise(episodes, gamma, early):
 
 def span(env):
     """The steps from a switch at which reward is looked at: an array with 0 at the switch."""
-    period = getattr(env.unwrapped, "switch_every", None) or 100
-    return np.arange(-20, 61) if period >= 100 else np.arange(-math.ceil(period / 5), period + 1)
+    T = period(env)
+    return np.arange(-20, 61) if T >= 100 else np.arange(-math.ceil(T / 5), T + 1)
 
 
 def around_switches(episodes, x):

@@ -135,8 +135,6 @@ def command(run, args):
 # What means nothing to recurrent SAC, whose results are the same before and after it changes.
 OF_THE_MODEL = set("M B k model_updates model_lr model_decay model_batch beta_nll reward_weight "
                    "model_layer_norm retain rollout model".split())
-
-
 # What a run that has ended need not share: how often it was looked at.
 HOW_OFTEN = {"eval_every", "diagnose_every", "checkpoint_every"}
 

@@ -208,10 +208,11 @@ def print_table(*rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def with_interval(values):
+def with_interval(values, digits=1):
     """The mean of values [n] and its interval as text; the mean alone if n is 1."""
-    low, high = students_interval(values)
-    return f"{np.mean(values):.1f}" + (f" [{low:.1f}, {high:.1f}]" if len(values) > 1 else "")
+    show = lambda number: f"{number:.{digits}f}"
+    span = f" [{', '.join(map(show, students_interval(values)))}]" if len(values) > 1 else ""
+    return show(np.mean(values)) + span
 
 
 def summary(groups):

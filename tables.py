@@ -135,9 +135,9 @@ def grouped(runs):
 
 def best_return(by_method, kept):
     """The highest mean of last returns; the oracle, a bound, is not in the running."""
-    means = [np.mean(list(final_returns(twins, kept).values())) for method, twins
-             in by_method.items() if method.slug != "oracle" and final_returns(twins, kept)]
-    return max(means, default=math.nan)
+    finals = [final_returns(twins, kept) for method, twins in by_method.items()
+              if method.slug != "oracle"]
+    return max((np.mean(list(final.values())) for final in finals if final), default=math.nan)
 
 
 def table(runs, kept, env, zero):
@@ -151,8 +151,8 @@ def table(runs, kept, env, zero):
         + text(zero["eval_reward_otherwise"]), "-", "-"])
     return "\n".join([
         f"`{usual.env}`, {usual.wanted['eval_episodes']} episodes after {steps(usual):,} env "
-        "steps; means over seeds, those of returns with Student's 95 % interval. Half: half the way "
-        f"from the zero action to the best method.{closed_form(env)}", "",
+        "steps; means over seeds, those of returns with Student's 95 % interval. Half: half the "
+        f"way from the zero action to the best method.{closed_form(env)}", "",
         "| method | flags | final return | mean of all evaluations | 1,000 steps to half | right "
         f"way | reward per step, first {early_steps(env)} after a switch / else | explained reward,"
         " held out | seeds |",
@@ -179,9 +179,7 @@ def overview(runs, kept, zeros):
         whole = [stats.trim_mean(values, 0.25) for values in by_seed.values()
                  if len(values) == len(zeros)]
         if whole:
-            low, high = figures.students_interval(whole)
-            span = f" [{low:.2f}, {high:.2f}]" if len(whole) > 1 else ""
-            rows.append(f"| {method.label} | {np.mean(whole):.2f}{span} | {len(whole)} |")
+            rows.append(f"| {method.label} | {figures.with_interval(whole, 2)} | {len(whole)} |")
     return "\n".join([
         f"All {len(zeros)} envs: final return on a scale from 0, the zero action, to 1, the best "
         "method's mean; the interquartile mean over envs of each seed, then mean over the seeds "

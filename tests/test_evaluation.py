@@ -81,7 +81,7 @@ def test_adaptation_is_the_reward_within_50_steps_after_a_real_switch():
 def test_reward_is_aligned_at_the_switch_and_ends_at_the_next(tmp_path):
     reward = np.arange(100.0)[:, None]
     episodes = {"reward": reward, "switched": np.isin(reward, (3, 30, 50)).astype(float)}
-    args, env, _ = parse()
+    _, env, _ = parse()
     x = evaluation.span(env)
     assert x.tolist() == list(range(-5, 26))  # the toy's period is 25
     assert evaluation.span(envs.make("ant-fwd-bwd")).tolist() == list(range(-20, 61))
@@ -308,7 +308,6 @@ def test_no_process_for_less_than_two_episodes_nor_for_none():
 WORKERS_LEFT = """
 import time
 import evaluation
-import logs
 from tests import test_evaluation
 class Slow(test_evaluation.WorkerEnv):
     def step(self, action):

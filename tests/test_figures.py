@@ -219,7 +219,8 @@ def test_runs_that_do_not_belong_together_get_one_line(tmp_path, capsys):
         assert "one env at a time" in error_line(capsys, figures, command, a, b, "--out", out)
     assert "one variant (M3PO) with one seed (0)" in error_line(
         capsys, figures, "curves", a, fake_run(tmp_path / "c"), "--out", out)
-    assert "switches.csv does not exist" in error_line(capsys, figures, "adaptation", a, "--out", out)
+    assert "switches.csv does not exist" in error_line(
+        capsys, figures, "adaptation", a, "--out", out)
     assert "does not exist" in error_line(capsys, figures, "curves", tmp_path / "no", "--out", out)
     assert "no folder" in error_line(capsys, figures, "curves", a, "--out", tmp_path / "no/x.png")
     assert "does not end in" in error_line(
