@@ -81,7 +81,8 @@ class HistoryNet(nn.Module):
         return h.mT
 
     def forward(self, tokens, mask, x, member=None):
-        w, b = self.pick(member, *self.w), self.pick(member, *self.b)
+        # list: PyTorch 2.11 cannot compile the unpacking of a ParameterList.
+        w, b = self.pick(member, *list(self.w)), self.pick(member, *list(self.b))
         x = x.expand(len(w[0]), *x.shape[-2:])
         if self.token_dim:
             parts = [self.encode(tokens, mask, member), x]

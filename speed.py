@@ -13,7 +13,7 @@ Both give the eager numbers up to rounding. Where one does not work, the run goe
 import torch
 
 from flags import ONE_THREAD
-from model import MetaModel
+from model import HistoryNet, MetaModel
 from policy import MetaPolicy
 from rollouts import Batch
 
@@ -32,8 +32,8 @@ def fastest_update(policy, model, args):
         compile_methods(policy)
         compile_methods(model)
     else:
-        print("compile      off: torch.compile found no working compiler (CPU: g++, GPU: Triton); "
-              "running eager")
+        print("compile      off: torch.compile cannot build our networks here (it needs a compiler; "
+              "CPU: g++, GPU: Triton); running eager")
     return update
 
 
@@ -49,10 +49,13 @@ def set_threads(args):
 
 
 def compiler_works(device):
-    """Whether torch.compile can build anything for this device here."""
+    """Whether torch.compile can build our networks here: there may be no compiler, and some version
+    of PyTorch may not take what the newest does."""
+    net = HistoryNet(2, token_dim=3, in_dim=2, out_dim=1, widths=(4,)).to(device)
+    new = lambda *shape: torch.zeros(*shape, device=device)
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except Exception:  # whatever the missing compiler turns into, on any version
+        torch.compile(net)(new(2, 8, 3), new(2, 8).bool(), new(8, 2)).sum().backward()
+    except Exception:  # whatever it turns into, on any version
         return False
     return True
 
