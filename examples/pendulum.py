@@ -1,6 +1,6 @@
 r"""A pendulum whose torque has a hidden sign: what must be told apart is in the dynamics.
 
-    python m3po.py --env examples.pendulum:PendulumSign-v0 --N 16 --E 500 --M 200 --G 4 --L 5 \
+    python m3po.py --env examples.pendulum:PendulumSign-v0 --N 16 --E 500 --M 200 --G 10 --L 5 \
         --width 64 --warmup 1000 --model-updates 4
 
 Gymnasium's Pendulum, but every 50 env steps the motor's wires are swapped or not, with equal
