@@ -32,8 +32,8 @@ def fastest_update(policy, model, args):
         compile_methods(policy)
         compile_methods(model)
     else:
-        print("compile      off: torch.compile cannot build our networks here (it needs a compiler; "
-              "CPU: g++, GPU: Triton); running eager")
+        print("compile      off: torch.compile cannot build our networks here (it needs a "
+              "compiler; CPU: g++, GPU: Triton); running eager")
     return update
 
 
@@ -51,10 +51,10 @@ def set_threads(args):
 def compiler_works(device):
     """Whether torch.compile can build our networks here: there may be no compiler, and some version
     of PyTorch may not take what the newest does."""
-    net = HistoryNet(2, token_dim=3, in_dim=2, out_dim=1, widths=(4,)).to(device)
+    net = HistoryNet(1, token_dim=3, in_dim=2, out_dim=1, widths=(4,)).to(device)
     new = lambda *shape: torch.zeros(*shape, device=device)
     try:
-        torch.compile(net)(new(2, 8, 3), new(2, 8).bool(), new(8, 2)).sum().backward()
+        torch.compile(net)(new(1, 8, 3), new(1, 8).bool(), new(8, 2)).sum().backward()
     except Exception:  # whatever it turns into, on any version
         return False
     return True

@@ -7,11 +7,13 @@ import shutil
 import pytest
 import torch
 
+import m3po
+import speed
 from model import MetaModel
 from policy import MetaPolicy
 from rollouts import Batch
 from speed import GraphedUpdate, compile_methods
-from tests.conftest import random_batch, update_case
+from tests.conftest import parse, random_batch, update_case
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
@@ -45,6 +47,18 @@ def several_updates(update, policy, n=6):
     losses = [update(Batch(*(x.to(device) for x in batch)), torch.randn(2, 16, 2).to(device))
               for batch in batches]
     return [x.cpu() for x in (*losses, *policy.parameters())]
+
+
+def test_what_cannot_be_compiled_goes_on_eager_with_one_line(monkeypatch, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler\nand nothing else")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    args, env, _ = parse("--compile", "on", "--device", "cpu")
+    policy, model = m3po.build(args, env, "cpu")
+    assert speed.fastest_update(policy, model, args) == policy.update
+    assert capsys.readouterr().out.startswith("compile      off: ")
+    assert "critic_loss" not in vars(policy)  # nothing was put in its place
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Eleven settings of M3PO tried together: 24 runs, each setting changed in half of them.
 
-    python results/search/factorial.py             # what each change did, from the CSVs
-    python results/search/factorial.py --commands  # the runs: patches to apply, command
+    python -m results.search.factorial             # what each change did, from the CSVs
+    python -m results.search.factorial --commands  # the runs: patches to apply, command
 
 One setting at a time would take 33 runs for three seeds of each. Here every run says something of
 every setting: a change's effect is the mean of 12 runs with it minus that of the 12 without. The
@@ -9,14 +9,14 @@ plan is a Plackett-Burman design of 12 runs and its mirror image, so that no eff
 another's or with what two changes do to each other. Each run has a seed of its own.
 """
 
-import csv
 import sys
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
-HERE = Path(__file__).parent
+from figures import read_run
+
 CHANGES = {"G 20": "--G 20", "model-updates 4": "--model-updates 4", "retain 1000": "--retain 1000",
            "beta .25": "--beta .25", "k 2": "--k 2", "B 7": "--B 7",
            "fit-every 1000": "--fit-every 1000", "target-entropy -6": "--target-entropy -6",
@@ -42,13 +42,8 @@ def commands():
             f"--diagnose-every 0 {flags}")
 
 
-def returns(run):
-    """The five evaluations from 6,000 to 10,000 steps, or None while the run is not there."""
-    path = HERE / f"halfcheetah-fwd-bwd/m3po-f{run:02d}/seed{10 + run}/progress.csv"
-    if not path.exists():
-        return None
-    with open(path, encoding="utf-8", newline="") as f:
-        return [float(row["eval_return_mean"]) for row in list(csv.DictReader(f))[-5:]]
+def folder(run):
+    return Path(__file__).parent / f"halfcheetah-fwd-bwd/m3po-f{run:02d}/seed{10 + run}"
 
 
 def effects(x, y):
@@ -67,13 +62,16 @@ def main():
         for patches, command in commands():
             print(f"{patches or 'no patch'} | {command}")
         return
-    found = [(x, y) for x, y in ((x, returns(run)) for run, x in enumerate(design())) if y]
-    print(f"{len(found)} of 24 runs")
-    if len(found) < 14:
+    done = [run for run in range(24) if folder(run).exists()]
+    print(f"{len(done)} of 24 runs")
+    if len(done) < 14:
         raise SystemExit("too few for eleven effects")
-    x, y = (np.array(part, dtype=float) for part in zip(*found))
+    x = design()[done].astype(float)
+    # The five evaluations from 6,000 to 10,000 steps.
+    y = np.array([read_run(folder(run)).progress["eval_return_mean"][-5:] for run in done])
     last_five, end = effects(x, y.mean(1)), effects(x, y[:, -1])
-    print(f"mean return {y.mean():.0f}\n\n| change | mean of 6,000 to 10,000 | at 10,000 |\n|---|---|---|")
+    print(f"mean return {y.mean():.0f}\n")
+    print("| change | mean of 6,000 to 10,000 | at 10,000 |\n|---|---|---|")
     for i in np.argsort(-last_five[0]):
         print(f"| {list(CHANGES)[i]} | " + " | ".join(
             f"{effect[i]:+.0f} +- {half[i]:.0f}" for effect, half in (last_five, end)) + " |")
