@@ -50,8 +50,9 @@ def set_threads(args):
 
 def compiler_works(device):
     """Whether torch.compile can build our networks here: there may be no compiler, and some version
-    of PyTorch may not take what the newest does."""
-    net = HistoryNet(1, token_dim=3, in_dim=2, out_dim=1, widths=(4,)).to(device)
+    of PyTorch may not take what the newest does. Draws nothing from the run's random stream."""
+    with torch.random.fork_rng(devices=[]):
+        net = HistoryNet(1, token_dim=3, in_dim=2, out_dim=1, widths=(4,)).to(device)
     new = lambda *shape: torch.zeros(*shape, device=device)
     try:
         torch.compile(net)(new(1, 8, 3), new(1, 8).bool(), new(8, 2)).sum().backward()

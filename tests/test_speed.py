@@ -61,6 +61,13 @@ def test_what_cannot_be_compiled_goes_on_eager_with_one_line(monkeypatch, capsys
     assert "critic_loss" not in vars(policy)  # nothing was put in its place
 
 
+def test_looking_for_a_compiler_draws_no_random_number(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda net: net)
+    before = torch.get_rng_state()
+    assert speed.compiler_works("cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.fixture
 def fake_cuda_graphs(monkeypatch):
     """Stand-ins for torch.cuda's streams and graphs: recording changes no parameter, and a replay
