@@ -239,6 +239,22 @@ class MetaModel(nn.Module):
         bounds = 0.01 * (self.max_logvar - self.min_logvar).sum()
         return (nll * self.weight).sum(-1).mean(1).sum() + bounds / len(self.weight)
 
+    def batch_loss(self, batch):
+        """loss of a Batch of E * b transitions, b for each member in turn."""
+        tokens, mask, x, y = self.standardised(batch)
+        by_member = lambda t: t.unflatten(-2, (len(self.min_logvar), -1))
+        mask = mask.unflatten(-1, (len(self.min_logvar), -1))
+        return self.loss(by_member(tokens).transpose(0, 1), mask.transpose(0, 1),  # [E, L, b, D]
+                         by_member(x), by_member(y))
+
+    def update(self, batch):
+        """One gradient step on a Batch of E * b transitions; returns their loss."""
+        loss = self.batch_loss(batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
     def standardised(self, batch):
         """A Batch as inputs and targets: tokens [L, B, D], mask, x [B, O + A], y [B, O + 1]."""
         obs, actions, rewards = batch.split(self.obs_dim)
@@ -262,14 +278,7 @@ class MetaModel(nn.Module):
         self.use_statistics(D_env.statistics())
         steps = max(1, round(self.steps_per_row * (D_env.total - self.seen.item())))
         for rows in self.minibatches(D_env, steps):  # [E, b]
-            tokens, mask, x, y = self.standardised(D_env.batch(rows.flatten()))
-            by_member = lambda t: t.unflatten(-2, rows.shape)
-            loss = self.loss(by_member(tokens).transpose(0, 1),  # [E, L, b, D]
-                             mask.unflatten(-1, rows.shape).transpose(0, 1),
-                             by_member(x), by_member(y))
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
+            self.update(D_env.batch(rows.flatten()))
         self.seen.fill_(D_env.total)
         metrics = self.validate(D_env)
         if not torch.isfinite(metrics["member_error"]).all():

@@ -1,11 +1,12 @@
 """What makes a run faster without changing what it computes, and where each of it is used.
 
-    torch.compile   the policy's losses and actions, the meta-model's answer to a rollout: the many
-                    small kernels around the matrix products become a few. About a third faster,
-                    after a minute or two in which each is compiled for its one batch size. Not
-                    the model's fit: its batches have many sizes, each compiled anew.
-    CUDA graph      on a GPU, a whole policy update: recorded once, then replayed, so that the GPU
-                    does not wait for Python to launch hundreds of small kernels.
+    torch.compile   the policy's losses and actions, the meta-model's loss and its answer to a
+                    rollout: the many small kernels around the matrix products become a few. About
+                    a third faster, after a minute or two in which each is compiled for its one
+                    batch size.
+    CUDA graph      on a GPU, a whole gradient step of policy or model: recorded once, then
+                    replayed, so that the GPU does not wait for Python to launch hundreds of small
+                    kernels.
 
 Both give the eager numbers up to rounding. Where one does not work, the run goes on without it.
 """
@@ -20,21 +21,24 @@ from rollouts import Batch
 TORCHS_OWN = torch.get_num_threads()  # before a run changes it
 ENOUGH = 10_000  # updates per epoch, from which on `--compile auto` pays
 COMPILED = {MetaPolicy: ("critic_loss", "actor_loss", "distribution"),
-            MetaModel: ("predict_dealt",)}
+            MetaModel: ("predict_dealt", "batch_loss")}
 
 
 def fastest_update(policy, model, args):
-    """The function to call for a policy update; compiles methods of policy and model in place."""
+    """The function to call for a policy update; the model's own is put in its place, and methods of
+    both are compiled there."""
     if args.compile == "off" or args.compile == "auto" and args.E * args.G < ENOUGH:
         return policy.update
-    update = GraphedUpdate(policy) if args.device == "cuda" else policy.update
     if compiler_works(args.device):
         compile_methods(policy)
         compile_methods(model)
     else:
         print("compile      off: torch.compile cannot build our networks here (it needs a "
               "compiler; CPU: g++, GPU: Triton); running eager")
-    return update
+    if args.device != "cuda":
+        return policy.update
+    model.update = Graphed(model)
+    return Graphed(policy)
 
 
 def cores(args):
@@ -68,23 +72,24 @@ def compile_methods(part):
         setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
 
 
-class GraphedUpdate:
-    """`policy.update` as one CUDA graph: the same kernels in the same order.
+class Graphed:
+    """part.update(batch, *more) as one CUDA graph: the same kernels in the same order.
 
     A replay reads its inputs where the recording read them, so they are copied there first. Where
-    recording fails, updates go on as they were. (PyTorch, "CUDA semantics", whole-network capture.)
+    recording fails, steps go on as they were. (PyTorch, "CUDA semantics", whole-network capture.)
     """
 
-    def __init__(self, policy):
-        self.policy, self.inputs, self.graph = policy, None, None
+    def __init__(self, part):
+        self.step, self.inputs, self.graph = part.update, None, None
+        self.optimizers = [x for x in vars(part).values() if isinstance(x, torch.optim.Optimizer)]
         self.capturable(False)  # true in a recorded run's checkpoint; PyTorch warns of it here
-        self.first = 3  # updates before the recording: they compile, and set up the optimizers
+        self.first = 3  # steps before the recording: they compile, and set up the optimizers
 
     def run(self):
-        return self.policy.update(Batch(*self.inputs[:-1]), self.inputs[-1])
+        return self.step(Batch(*self.inputs[:4]), *self.inputs[4:])
 
-    def __call__(self, batch, noise):
-        given = (*batch, noise)
+    def __call__(self, batch, *more):
+        given = (*batch, *more)
         if self.inputs is None:
             self.inputs = [torch.empty_like(x, memory_format=torch.contiguous_format)
                            for x in given]
@@ -109,10 +114,12 @@ class GraphedUpdate:
         here.wait_stream(aside)
         return losses
 
+    def groups(self):
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
     def capturable(self, on):
-        for optimizer in (self.policy.q_optimizer, self.policy.actor_optimizer):
-            for group in optimizer.param_groups:
-                group["capturable"] = on
+        for group in self.groups():
+            group["capturable"] = on
 
     def record(self):
         """Nothing is computed meanwhile; the first replay does."""
@@ -125,5 +132,7 @@ class GraphedUpdate:
         except RuntimeError as error:
             self.graph = False
             self.capturable(False)
-            self.policy.qf.requires_grad_(True)  # if update was left where it is False
+            for group in self.groups():  # a policy's update may have been left where Q needs none
+                for parameter in group["params"]:
+                    parameter.requires_grad_(True)
             print(f"CUDA graph   off: {' '.join(str(error).split())[:120]}", flush=True)

@@ -77,7 +77,7 @@ def test_every_table_of_the_bench_can_be_made(monkeypatch, capsys):
         *envs.ENVS]
     ratios = [float(line.split()[-1]) for line in times.splitlines() if line.startswith("  ")]
     robots = len(envs.ENVS) - 1
-    assert len(ratios) == robots * 3 + 2 + 3 * 2 + 4 and ratios.count(1.0) >= 10 and min(ratios) > 0
+    assert len(ratios) == robots * 3 + 2 + 3 * 2 + 5 and ratios.count(1.0) >= 10 and min(ratios) > 0
 
 
 @pytest.mark.parametrize("name", ["halfcheetah-fwd-bwd", "ant-fwd-bwd", "humanoid-direc"])

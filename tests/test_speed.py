@@ -12,7 +12,7 @@ import speed
 from model import MetaModel
 from policy import MetaPolicy
 from rollouts import Batch
-from speed import GraphedUpdate, compile_methods
+from speed import Graphed, compile_methods
 from tests.conftest import parse, random_batch, update_case
 
 
@@ -33,20 +33,23 @@ def test_what_is_compiled_equals_the_eager_original():
         steps.append(torch.cat(
             [x.flatten() for x in m.sample(*history, policy.act(*history, True))]))
     assert torch.allclose(*steps, atol=1e-5)
+    rows = Batch.join(batch, random_batch(2, 2, L=1, B=16))  # 16 for each member
     for _ in range(2):
         assert torch.allclose(policy.update(batch, noise), compiled.update(batch, noise), rtol=1e-4)
-    for a, b in zip(policy.parameters(), compiled.parameters()):
-        assert torch.allclose(a, b, atol=1e-5)
+        assert torch.allclose(model.update(rows), imagines.update(rows), rtol=1e-4)
+    for part, its_twin in ((policy, compiled), (model, imagines)):
+        for a, b in zip(part.parameters(), its_twin.parameters()):
+            assert torch.allclose(a, b, atol=1e-5)
 
 
-def several_updates(update, policy, n=6):
+def several_updates(update, part, n=6):
     """n updates on batches that are views, as in training: all losses, then all parameters."""
     torch.manual_seed(1)
-    batches = random_batch(5, 2, L=4, B=n * 16).minibatches(n)
-    device = policy.token_mean.device
-    losses = [update(Batch(*(x.to(device) for x in batch)), torch.randn(2, 16, 2).to(device))
-              for batch in batches]
-    return [x.cpu() for x in (*losses, *policy.parameters())]
+    batches = random_batch(5, 2, L=4, B=n * 15).minibatches(n)
+    device = part.token_mean.device
+    noise = lambda: [torch.randn(2, 15, 2).to(device)] if isinstance(part, MetaPolicy) else []
+    losses = [update(Batch(*(x.to(device) for x in batch)), *noise()) for batch in batches]
+    return [x.cpu() for x in (*losses, *part.parameters())]
 
 
 def test_what_cannot_be_compiled_goes_on_eager_with_one_line(monkeypatch, capsys):
@@ -84,15 +87,14 @@ def fake_cuda_graphs(monkeypatch):
 
         def __enter__(self):
             update, Graph.recording = Graph.latest, True
-            self.graph.update = update
-            self.before = copy.deepcopy(update.policy.state_dict())
-            self.optimizers = update.policy.q_optimizer, update.policy.actor_optimizer
-            self.steps = [copy.deepcopy(o.state_dict()) for o in self.optimizers]
+            self.graph.update, self.part = update, update.step.__self__
+            self.before = copy.deepcopy(self.part.state_dict())
+            self.steps = [copy.deepcopy(o.state_dict()) for o in update.optimizers]
 
         def __exit__(self, *error):
             Graph.recording = False
-            self.graph.update.policy.load_state_dict(self.before)
-            for optimizer, step in zip(self.optimizers, self.steps):
+            self.part.load_state_dict(self.before)
+            for optimizer, step in zip(self.graph.update.optimizers, self.steps):
                 optimizer.load_state_dict(step)
 
     class Stream:
@@ -107,12 +109,25 @@ def fake_cuda_graphs(monkeypatch):
     return Graph
 
 
-def test_a_graphed_update_feeds_every_batch_once_and_keeps_the_losses(fake_cuda_graphs):
-    policy = MetaPolicy(5, 2, widths=(8, 8))
-    other = copy.deepcopy(policy)
-    graphed = fake_cuda_graphs.latest = GraphedUpdate(other)
-    expected, found = several_updates(policy.update, policy), several_updates(graphed, other)
+@pytest.mark.parametrize("kind", [MetaPolicy, MetaModel])
+def test_a_graphed_update_feeds_every_batch_once_and_keeps_the_losses(kind, fake_cuda_graphs):
+    part = kind(5, 2, widths=(8, 8))
+    other = copy.deepcopy(part)
+    graphed = fake_cuda_graphs.latest = Graphed(other)
+    expected, found = several_updates(part.update, part), several_updates(graphed, other)
     assert graphed.graph and all(map(torch.equal, expected, found))
+
+
+def test_on_a_gpu_updates_and_fits_are_recorded(monkeypatch):
+    args, env, _ = parse("--compile", "on")
+    policy, model = m3po.build(args, env, "cpu")
+    assert speed.fastest_update(policy, model, args) == policy.update
+    assert "update" not in vars(model)
+    args.device = "cuda"
+    monkeypatch.setattr(speed, "compiler_works", lambda device: False)
+    assert speed.fastest_update(policy, model, args).step == policy.update
+    assert isinstance(model.update, Graphed) and model.update.step.__self__ is model
+    assert model.update.optimizers == [model.optimizer]
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -123,7 +138,7 @@ def test_an_update_that_cannot_be_recorded_goes_on_with_one_line(
 
     policy = MetaPolicy(5, 2, widths=(8, 8))
     other = copy.deepcopy(policy)
-    graphed = fake_cuda_graphs.latest = GraphedUpdate(other)
+    graphed = fake_cuda_graphs.latest = Graphed(other)
     if late:  # in the middle of an update
         actor_loss = other.actor_loss
         monkeypatch.setattr(other, "actor_loss", lambda *batch: (
@@ -137,13 +152,14 @@ def test_an_update_that_cannot_be_recorded_goes_on_with_one_line(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_graphed_update_on_a_gpu_is_the_eager_update(compiled):
-    policy = MetaPolicy(5, 2, widths=(8, 8)).to("cuda")
-    other = copy.deepcopy(policy)
+@pytest.mark.parametrize("kind", [MetaPolicy, MetaModel])
+def test_a_graphed_update_on_a_gpu_is_the_eager_update(kind, compiled):
+    part = kind(5, 2, widths=(8, 8)).to("cuda")
+    other = copy.deepcopy(part)
     if compiled:
         compile_methods(other)
-    graphed = GraphedUpdate(other)
-    expected, found = several_updates(policy.update, policy), several_updates(graphed, other)
+    graphed = Graphed(other)
+    expected, found = several_updates(part.update, part), several_updates(graphed, other)
     assert graphed.graph
     for a, b in zip(expected, found):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
