@@ -195,13 +195,15 @@ def tables(runs, kept, made, line, left_out):
     kept = {run.folder: figures.read_run(run.result) for run in kept}
     configs = [json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
                for run in kept.values()]
+    versions = [config.get("versions", {}) for config in configs]
     used = {f"device {config['flags']['device']}, " + ", ".join(
-        f"{name} {version[:12]}" for name, version in config.get("versions", {}).items())
-            for config in configs}
+        f"{name} {number[:12]}" for name, number in of_run.items() if name != "commit")
+            for config, of_run in zip(configs, versions)}
+    commits = {of_run["commit"][:7] for of_run in versions if of_run.get("commit")}
     machines = {config.get("cpu", "a CPU") for config in configs}
     head = (f"`{line}`: {' and '.join(sorted(machines))}, median "
             f"{np.median([run.seconds() for run in kept.values()]):.0f} s per run; "
-            f"{'; '.join(sorted(used))}.")
+            f"{'; '.join(sorted(used))}; commits {', '.join(sorted(commits)) or 'unknown'}.")
     parts, zeros = [], {}
     for name, env in made.items():
         of_env = [run for run in runs if run.env == name]

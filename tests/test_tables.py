@@ -1,5 +1,7 @@
 """tables.py: the methods of the experiments, and what is written of them."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,9 @@ def test_the_tables_of_many_envs_come_from_the_results_alone(tmp_path, capsys):
         (tmp_path / "r" / env / slug).mkdir(parents=True, exist_ok=True)
         folder = tmp_path / "r" / env / slug / f"seed{seed}"
         fake_run(folder, returns, seed, (last // 2, last), **args)
+        config = json.loads((folder / "config.json").read_text())
+        config["versions"] = {"torch": "2.13.0+cpu", "commit": f"{seed}23456789"}
+        (folder / "config.json").write_text(json.dumps(config))
     assert experiments.main(["--envs", "point-fwd-bwd", "ant-fwd-bwd", "--methods", "m3po",
                              "ghp-mdp", "--seeds", "0", "1", "--results", str(tmp_path / "r"),
                              "--table"]) == 0
@@ -58,6 +63,7 @@ def test_the_tables_of_many_envs_come_from_the_results_alone(tmp_path, capsys):
     assert "after 2,000 env steps | - | 8.0 | 4.5 | 2.0 |" in toy and "| 1 |\n" in toy
     assert "| zero action | - | 0.0 | - | - | 0.00 | 0.00 / 0.00 | - | - |\n" in toy
     assert "| 950.0 | 925.0 |" in ant and "95.04" not in ant and "median 60 s" in toy
+    assert ", torch 2.13.0+cpu; commits 0234567, 1234567.\n" in toy
     nothing = float(ant.split("| zero action | - | ")[1].split(" |")[0])
     assert nothing > 0  # an ant that stands earns 1 a step
     # Of the toy 0 and 8 are the ends, of the ant its zero action and 950; the ant's seed 1 is not.
