@@ -146,8 +146,9 @@ def bench_nets(args, flags, env, device):
     members = -(-M // model.elites)
     step = products(policy.actor, M, L) + products(model.net, members, L)
     jobs = {"floor: its matrix products": lambda: [multiply(step) for _ in range(10 * flags.k)]}
-    models = {"eager": model, "compiled": copy.deepcopy(model)}
-    speed.compile_methods(models["compiled"])
+    models = {name: copy.deepcopy(model) for name in modes}
+    if "compiled" in models:
+        speed.compile_methods(models["compiled"])
     jobs |= {name: lambda name=name: rollouts(modes[name], models[name]) for name in modes}
     show(f"model rollouts, M {M}, k {flags.k}", medians(jobs, args.repeats, device),
          "imagined step", 10 * M * flags.k)
@@ -160,10 +161,13 @@ def bench_nets(args, flags, env, device):
     show(f"sampling the {G} batches of an env step, L {L}", medians(jobs, args.repeats, device),
          "batch", G)
 
-    bench_fits(args, flags, model, D_env)
+    *_, fastest = models.values()
+    if device.type == "cuda":
+        fastest.update = speed.Graphed(fastest)
+    bench_fits(args, flags, model, fastest, D_env)
 
 
-def bench_fits(args, flags, model, D_env):
+def bench_fits(args, flags, model, fastest, D_env):
     """A fit as they come in a run, every --fit-every env steps; and with ten times the rows."""
     O, A, new = model.obs_dim, model.act_dim, flags.fit_every
     larger = EnvBuffer(10 * len(D_env), O, A, flags.L, D_env.device)
@@ -174,11 +178,6 @@ def bench_fits(args, flags, model, D_env):
     step = products(model.net, flags.model_batch, flags.L, "all")
     looks = [products(model.net, rows, flags.L) for rows in (
         new, len(D_env.rows(holdout=True)), model.max_rows)]  # fresh, held out, trained on
-    fastest = copy.deepcopy(model)
-    if speed.compiler_works(D_env.device):
-        speed.compile_methods(fastest)
-    if D_env.device.type == "cuda":
-        fastest.update = speed.Graphed(fastest)
 
     def floor():
         for _ in range(steps):

@@ -242,10 +242,9 @@ class MetaModel(nn.Module):
     def batch_loss(self, batch):
         """loss of a Batch of E * b transitions, b for each member in turn."""
         tokens, mask, x, y = self.standardised(batch)
-        by_member = lambda t: t.unflatten(-2, (len(self.min_logvar), -1))
-        mask = mask.unflatten(-1, (len(self.min_logvar), -1))
-        return self.loss(by_member(tokens).transpose(0, 1), mask.transpose(0, 1),  # [E, L, b, D]
-                         by_member(x), by_member(y))
+        by_member = lambda t, dim: t.unflatten(dim, (len(self.min_logvar), -1))
+        return self.loss(by_member(tokens, 1).transpose(0, 1),  # [E, L, b, D]
+                         by_member(mask, 1).transpose(0, 1), by_member(x, 0), by_member(y, 0))
 
     def update(self, batch):
         """One gradient step on a Batch of E * b transitions; returns their loss."""
