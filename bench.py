@@ -6,7 +6,7 @@
 The floor of a policy update, a model rollout or a model fit is the matrix products it needs,
 forward and backward, into memory that is already there, and nothing else. (The GRU's products with
 h count as such; model.py does them as sums.) The floor of an env step and of an evaluation is
-`mj_step` alone, with the forces of the same episodes, one env after the other; that of sampling is
+`mj_step` and resets, with the forces of the same episodes, one env after the other; sampling's is
 to read as many rows anywhere in a table of D_model's size. All jobs of a table run in turns, so
 that whatever else the machine does meets them alike; times are medians.
 """

@@ -188,7 +188,7 @@ def measure(policy, model, D_env, fit, args, env, epoch):
         metrics |= {f"{whose}_{name}": value.item() for whose, how in compared.items()
                     for name, value in on_episodes(how, episodes).items()}
     metrics |= error_by_depth(model, D_env) if fit else {}
-    kl = policy_divergence(policy, D_env, (args.width,) * 2, epoch)
+    kl = policy_divergence(policy, D_env, (args.width,) * 2, envs.seeds(args.seed, 5, epoch)[0])
     pinsker = lambda divergence: min(1.0, math.sqrt(max(divergence, 0.0) / 2))
     metrics |= {"kl_pi": kl, "eps_pi": pinsker(kl)}
     if fit:

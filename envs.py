@@ -189,7 +189,7 @@ class PointFwdBwd(gym.Env):
         self.action_space = Box(-1.0, 1.0, (1,), np.float32)
 
     def set_task(self, task):
-        """Sets the task of the coming step by hand (tests and plots)."""
+        """Sets the task of the coming step by hand (tests)."""
         self.clock.task = np.array(task, np.float32)
 
     def reset(self, *, seed=None, options=None):
@@ -250,7 +250,7 @@ class HiddenTaskMujoco:
         self.direction = float(task[0])
 
     def set_task(self, task):
-        """Sets the task of the coming step by hand (tests and plots)."""
+        """Sets the task of the coming step by hand (tests)."""
         self.clock.task = np.array(task, np.float32)
         self.apply_task(self.clock.task)
 
@@ -598,7 +598,7 @@ class TaskObservation(gym.Wrapper):
 
 
 def seeds(run_seed, stream, index, n=1):
-    """n env seeds. Streams (0 training, 1 evaluation, 2 play.py, 3 and 4 diagnostics) and indices
+    """n env seeds. Streams (0 training, 1 evaluation, 2 play.py, 3 to 5 diagnostics) and indices
     never meet."""
     return [int(s) for s in np.random.SeedSequence([run_seed, stream, index]).generate_state(n)]
 

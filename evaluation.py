@@ -100,7 +100,8 @@ class Players:
 
     Each plays its episodes from beginning to end with a copy of the policy on the CPU: processes
     that met at every step to share one batch would spend more time on waiting for each other than a
-    smaller batch costs. The last bits of a batched matmul depend on its size, and so on `workers`.
+    smaller batch costs. The last bits of a batched matmul depend on its size, and so on `workers`;
+    and a planner of baselines/ draws the same noise in each process, for its share of the episodes.
     """
 
     def __init__(self, make_env, make_policy, n, workers, L):
@@ -209,7 +210,8 @@ def early_steps(env):
 
 def summarise(episodes, gamma, early):
     """Returns and lengths per episode, and how fast the agent adapts, from evaluate's arrays: the
-    reward per step in the first `early` steps after a switch against the rest."""
+    reward per step in the first `early` steps after a switch against the rest, in which the
+    beginnings of episodes are, too."""
     reward = episodes["reward"]
     discount = gamma ** np.arange(len(reward))[:, None]
     returns = np.nansum(reward, 0)

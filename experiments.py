@@ -1,6 +1,7 @@
 """The experiments: every method in every env with every seed, each run one command.
 
-    python experiments.py                             # the toy, every variant, 5 seeds: 65 runs
+    python experiments.py                             # the toy, 13 variants, 5 seeds: 65 runs, less
+                                                      # those that RESULTS has
     python experiments.py --envs ant-fwd-bwd halfcheetah-pier --methods m3po recurrent-sac pearl \\
         --seeds 0 1 2 -- --N 20 --width 128 --G 10    # 18 runs; what follows -- goes to each
     ... --dry-run                                     # what is done, what remains, how long
@@ -9,8 +10,8 @@
     ... --slurm                                       # what remains as one array job (slurm.py)
 
 OUT/ENV/METHOD/seedS is a run folder, OUT/ENV/METHOD/seedS.log what it printed, OUT/table.md the
-tables. Of a finished run RESULTS/ENV/METHOD/seedS keeps progress.csv and config.json: a few kB for
-git. What is there is never run again, so another machine goes on with the rest. Stop it with Ctrl-C
+tables. Of a finished run RESULTS/ENV/METHOD/seedS keeps progress.csv, config.json and switches.csv: a few
+kB for git. What is there is never run again, so another machine goes on with the rest. Stop it with Ctrl-C
 at any time; the same command goes on. A run that fails does not stop the others; it is named at the
 end, with its log. A grid of one run trains in this process, and that is what a larger grid, SLURM
 or GNU parallel starts for each of its runs. The methods: METHODS in tables.py.
@@ -97,12 +98,22 @@ def common_flags(programs, extra, parser):
     return common, lines
 
 
+def overruled(methods, extra):
+    """Lines that say which flags of extra a method sets itself."""
+    name = lambda word: word.split("=")[0].replace("--no-", "--")
+    given = {name(group[0]): " ".join(group) for group in by_flag(extra)}
+    return [f"Left out: {given[flag]} for {method.label}, which has {' '.join(group)}."
+            for method in methods for group in by_flag(method.flags.split())
+            if (flag := name(group[0])) in given and given[flag] != " ".join(group)]
+
+
 def grid(args, extra, parser):
     """Every wanted run, {name: env}, and what was left out as lines. Seeds come outermost, so that
     whatever has ended makes a table of all methods in all envs."""
     runs, made, methods = [], {}, [METHODS[slug] for slug in args.methods]
     programs = dict.fromkeys(method.program for method in methods)
     common, left_out = common_flags(programs, extra, parser)
+    left_out += overruled(methods, extra)
     tag = f"-{args.tag}" if args.tag else ""
     for seed in args.seeds:
         for env in args.envs:
@@ -140,14 +151,12 @@ HOW_OFTEN = {"eval_every", "diagnose_every", "checkpoint_every"}
 
 
 def refuse_others(folder, trained, wanted, option, may_differ=frozenset()):
-    """Refused if the run in folder, trained with these flags, is not the wanted one. A flag that
-    did not exist then was off: false, none, or a factor of 1."""
-    trained = {"method": "m3po", "reward_scale": 1.0} | trained
+    """Refused if the run in folder, trained with these flags, is not the wanted one."""
     ignored = flags.MAY_CHANGE - {"N"} | may_differ | (
         OF_THE_MODEL if wanted.get("beta") == 0 else set())
     for name in wanted.keys() - ignored:
         was = trained.get(name)
-        if was != wanted[name] and (wanted[name] or was is not None):
+        if was != wanted[name] and (was or wanted[name]):
             raise Refused(f"{folder} was trained with {name} {was}, not {wanted[name]}; "
                           f"use another {option} or --tag")
 
@@ -158,7 +167,11 @@ def is_kept(run):
         return False
     kept = figures.read_run(run.result)
     refuse_others(run.result, kept.flags, run.wanted, "--results", HOW_OFTEN)
-    return kept.progress["global_step"][-1] == run.wanted["N"] * run.wanted["E"]
+    if kept.progress["global_step"][-1] != run.wanted["N"] * run.wanted["E"]:
+        return False
+    if not np.isfinite(kept.progress["eval_return_mean"][-1]):
+        raise Refused(f"{run.result} was not evaluated at its end; use another --results or --tag")
+    return True
 
 
 def keep(run):
@@ -182,12 +195,11 @@ def epochs_done(run):
     """Of a run that was begun; without a checkpoint it begins anew."""
     if not (run.folder / "checkpoint.pt").exists():
         return 0
+    refuse_others(run.folder, figures.read_flags(run.folder), run.wanted, "--out")
     try:
-        begun = figures.read_run(run.folder)
+        return len(figures.read_run(run.folder).progress["global_step"])
     except figures.FigureError:  # stopped in its first epoch
         return 0
-    refuse_others(run.folder, begun.flags, run.wanted, "--out")
-    return len(begun.progress["global_step"])
 
 
 def locked(file):
@@ -250,9 +262,14 @@ def train(run):
         run.folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{run.folder}.lock", "w") as lock:
         if not locked(lock):
-            raise Refused(f"{run.folder} is in another process's hands")
+            time.sleep(0.5)  # who only asks whether it is locked holds it for a moment
+            if not locked(lock):
+                raise Refused(f"{run.folder} is in another process's hands")
         where = ["--resume", str(run.folder)]
         if not (run.folder / "checkpoint.pt").exists():
+            if (run.folder / "agent.pt").exists():
+                raise Refused(f"{run.folder} has an agent.pt but no checkpoint.pt to go on from; "
+                              "move it away or use another --out")
             shutil.rmtree(run.folder, ignore_errors=True)  # killed before its first checkpoint
             where[0] = "--out"
         module = importlib.import_module("m3po" if program == "m3po" else f"baselines.{program}")
@@ -286,7 +303,11 @@ def run_all(runs, todo, args):
     try:
         while waiting or running:
             while waiting and len(running) < args.jobs:
-                running.append((waiting[0], start(waiting[0], args)))
+                run = waiting[0]
+                if is_kept(run) or is_running(run):  # by now
+                    print(f"elsewhere    {run}: another process has taken it", flush=True)
+                else:
+                    running.append((run, start(run, args)))
                 waiting.pop(0)
             time.sleep(0.2)
             for run, child in [pair for pair in running if pair[1].poll() is not None]:

@@ -48,6 +48,11 @@ def check_finite(progress, policy, E):
                                  f"{progress.step}")
 
 
+def diverged(error):
+    """Of check_finite or of a fit; NumPy's class of an env that asked for it is the same."""
+    return isinstance(error, FloatingPointError) and "is not finite at" in str(error)
+
+
 def out_of_memory(error):
     """torch's own class for it exists on GPUs alone."""
     first_line = str(error).partition("\n")[0]
@@ -61,10 +66,10 @@ def saved_first(args, progress, policy, save):
     traceback; before that comes a checkpoint and one line that says where it happened."""
     try:
         yield
-    except (FloatingPointError, CheckpointError):
+    except CheckpointError:
         raise
     except Exception as error:
-        if out_of_memory(error):
+        if diverged(error) or out_of_memory(error):
             raise
         try:
             check_finite(progress, policy, args.E)
@@ -88,7 +93,11 @@ def in_one_line(method):
     """What needs no traceback ends the program with one line."""
     try:
         yield
-    except (FloatingPointError, CheckpointError) as error:
+    except CheckpointError as error:
+        sys.exit(f"{program(method)}: error: {error}")
+    except FloatingPointError as error:
+        if not diverged(error):
+            raise
         sys.exit(f"{program(method)}: error: {error}")
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):

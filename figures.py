@@ -1,12 +1,12 @@
 """The paper's figures, drawn from runs. Needs matplotlib and SciPy; training needs neither.
 
-    python figures.py curves runs/* --out curves.png           learning curves (Figures 7, 9, 16)
-    python figures.py adaptation runs/* --out adaptation.png   reward around a switch of the task
-    python figures.py theory runs/* --out theory.png           Figures 11, 12, 17, and the two gaps
-    python figures.py envs --out envs.png                      the environments (Figure 6)
+    python figures.py curves runs/ant* --out curves.png           learning curves (Figures 7, 9, 16)
+    python figures.py adaptation runs/ant* --out adaptation.png   reward around a switch of the task
+    python figures.py theory runs/ant* --out theory.png           Figures 11, 12, 17, the two gaps
+    python figures.py envs --out envs.png                         the environments (Figure 6)
 
 A run is a folder with config.json and progress.csv: a run folder, or what experiments.py keeps of
-one in results/; `adaptation` needs switches.csv too. Runs are grouped by env and variant, which
+one in results/; `adaptation` needs switches.csv too, and like `theory` takes one env at a time. Runs are grouped by env and variant, which
 is what in config.json differs from m3po.py's defaults for that env. Lines are means over
 seeds, each seed faint; bands are Student's 95 % intervals, because a bootstrap over two to five
 seeds covers too little. A table prints beside each plot. Figure 4 comes from bounds.py.
@@ -24,7 +24,7 @@ import numpy as np
 import drawing
 import envs
 import play
-from flags import OneLineParser, defaults, differences
+from flags import OneLineParser, completed, defaults, differences
 from logs import method_name
 
 # Okabe and Ito's colours and four of Tol's, which the colour-blind tell apart.
@@ -34,7 +34,7 @@ DPI = 150
 STRUCTURE = set("k L B rollout model hybrid beta no_token_reward oracle beta_nll reward_weight "
                 "alpha".split())  # flags that make a variant, also where all runs share them
 NAMED = {  # flag: value, or None for all, and how the paper and the README call it
-    "hybrid": (None, "M3PO-h"), "model": ("mlp", "M2PO"), "rollout": ("full", "Full"),
+    "model": ("mlp", "M2PO"), "rollout": ("full", "Full"),
     "beta": (0, "recurrent SAC"), "L": (0, "blind (L = 0)"), "oracle": (True, "oracle"),
     "no_token_reward": (True, "no reward token")}
 TOGETHER = {  # flags that make a variant if they differ like this
@@ -96,20 +96,26 @@ class Run:
                          if name.startswith("seconds_")))
 
 
-def read_run(folder):
-    """A run's config.json and progress.csv; FigureError says what of them is broken. Columns may be
-    missing, and what no figure draws may hold words."""
-    folder = Path(folder)
-    config, progress = folder / "config.json", folder / "progress.csv"
-    for path in (folder, config, progress):
+def read_flags(folder):
+    """Those in a run's config.json; FigureError says what of it is broken."""
+    config = Path(folder) / "config.json"
+    for path in (config.parent, config):
         if not path.exists():
-            raise FigureError(f"{path} does not exist" + ("; did the first epoch end?"
-                                                          if path == progress else ""))
+            raise FigureError(f"{path} does not exist")
     try:
         flags = json.loads(config.read_text(encoding="utf-8"))["flags"]
         flags["env"], flags["seed"]
     except (ValueError, KeyError, TypeError) as error:
         raise FigureError(f"{config} is broken: no flags with env and seed") from error
+    return completed(flags)
+
+
+def read_run(folder):
+    """A run's config.json and progress.csv; FigureError says what of them is broken. Columns may be
+    missing, and what no figure draws may hold words."""
+    flags, progress = read_flags(folder), Path(folder) / "progress.csv"
+    if not progress.exists():
+        raise FigureError(f"{progress} does not exist; did the first epoch end?")
     try:
         with open(progress, newline="", encoding="utf-8") as f:
             header, *rows = list(csv.reader(f)) or [[]]
@@ -125,7 +131,7 @@ def read_run(folder):
         raise FigureError(f"{progress} is broken: {error}") from error
     if not rows or "global_step" not in header:
         raise FigureError(f"{progress} has no " + ("rows" if not rows else "column global_step"))
-    return Run(folder, flags, columns)
+    return Run(Path(folder), flags, columns)
 
 
 def variant(differs, method="m3po"):
@@ -138,6 +144,8 @@ def variant(differs, method="m3po"):
             differs = {name: value for name, value in differs.items() if name not in flags}
     for name, value in differs.items():
         named, words = NAMED.get(name, (value, ""))
+        if name == "hybrid" and value:
+            words = "M3PO-h {:g} to {:g}".format(*value)
         plain = f"{name.replace('_', ' ')} = {value}"
         names.append(words if words and named in (None, value) else plain)
     return ", ".join(names) or "M3PO"
@@ -339,10 +347,11 @@ def around_switches(run):
 
 
 def steps_to_recover(x, reward):
-    """First step after the switch with nine tenths of the way back from its worst reward to that
+    """First step after the worst one after a switch with nine tenths of the way back to the reward
     before the switch; None if there is none."""
     before, worst = known_mean(reward[x < 0]), np.nanmin(reward[x >= 0])
-    back = (x > 0) & (reward >= worst + 0.9 * (before - worst))
+    fallen = x[(x >= 0) & (reward == worst)][0]
+    back = (x > fallen) & (reward >= worst + 0.9 * (before - worst))
     return int(x[back][0]) if back.any() and before > worst else None
 
 

@@ -61,7 +61,7 @@ eval_episodes eval_every checkpoint_every track out resume""".split()
 
 MAY_CHANGE = {"N", "out", "device", "threads", "compile", "track", "resume"}  # in a resume
 CHANGES_NO_LEARNING = MAY_CHANGE | {"env", "seed", "eval_episodes", "eval_every", "diagnose_every",
-                                    "checkpoint_every", "env_capacity"}
+                                    "checkpoint_every"}
 ONE_THREAD = 128  # units of width up to which a second thread of torch costs more than it brings
 
 
@@ -93,11 +93,21 @@ def default_warmup(flags):
     return min(default["warmup"], max(1, flags["N"] * flags["E"] // 2))
 
 
+def completed(flags):
+    """Those of a run in a config.json, also of an older program: a flag that did not exist then was
+    off, which is false, none, or a factor of 1."""
+    off = {name: False if isinstance(value, bool) else None
+           for name, value in defaults(flags["env"], flags.get("method", "m3po")).items()}
+    return off | {"method": "m3po", "reward_scale": 1.0} | flags
+
+
 def differences(flags):
     """{flag: value} of what is trained otherwise than by the method's defaults for flags["env"]."""
     default = defaults(flags["env"], flags.get("method", "m3po"))
     if flags.get("warmup") == default_warmup(flags):
         default["warmup"] = flags["warmup"]
+    if flags["env_capacity"] >= flags["N"] * flags["E"]:  # nothing is ever overwritten
+        default["env_capacity"] = flags["env_capacity"]
     return {name: flags[name] for name, value in default.items()
             if name not in CHANGES_NO_LEARNING and name in flags and flags[name] != value}
 

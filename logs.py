@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
+from hashlib import sha1
 from pathlib import Path
 from uuid import uuid4
 
@@ -55,10 +56,12 @@ def clock(progress, part):
 
 
 def append_csv(path, fields, rows):
-    new = not path.exists()
-    with checkpoint.writing(path), open(path, "a", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, fields)
-        if new:
+    """Under the file's own header if it has one: a resumed run keeps the columns it began with."""
+    with checkpoint.writing(path), open(path, "a+", newline="", encoding="utf-8") as f:
+        f.seek(0)
+        header = next(csv.reader(f), None)
+        writer = csv.DictWriter(f, header or fields, extrasaction="ignore")
+        if not header:
             writer.writeheader()
         writer.writerows(rows)
 
@@ -99,10 +102,25 @@ def open_run_folder(args, step):
         out.mkdir(parents=True, exist_ok=bool(args.resume))
     for name in ("progress.csv", "eval.csv") if args.resume else ():
         checkpoint.cut_log(Path(args.resume) / name, out / name, step)
-    config = json.dumps({"method": args.method, "flags": vars(args), "versions": versions()},
-                        indent=1)
-    checkpoint.write_atomically(out / "config.json", lambda f: f.write(config.encode()))
+    config = {"method": args.method, "flags": vars(args)} | versions_of_run(args.resume)
+    text = json.dumps(config, indent=1)
+    checkpoint.write_atomically(out / "config.json", lambda f: f.write(text.encode()))
     return out
+
+
+def versions_of_run(resumed):
+    """{"versions": those it began with, "later": the others it was resumed with, if any}."""
+    now, config = versions(), Path(resumed or "") / "config.json"
+    try:
+        before = json.loads(config.read_text(encoding="utf-8")) if resumed else {}
+    except (OSError, ValueError):  # lost or broken: nothing to add to
+        before = {}
+    if "versions" not in before:
+        return {"versions": now}
+    later = before.get("later", [])
+    if now not in [before["versions"], *later]:
+        later = [*later, now]
+    return {"versions": before["versions"]} | ({"later": later} if later else {})
 
 
 class Log:
@@ -272,15 +290,23 @@ def cpu_name():
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or 'a CPU'}"
 
 
-def versions():
+def git(*words):
+    """What a git command prints in this folder; nothing where there is no git."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                                capture_output=True, encoding="utf-8", check=False).stdout.strip()
-    except OSError:  # no git here
-        commit = ""
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True,
+                              encoding="utf-8", check=False).stdout.strip()
+    except OSError:
+        return ""
+
+
+def versions():
+    """Of what a run's numbers depend on. changes: a hash of what was changed in the program since
+    the commit, if anything was."""
+    changes = git("diff", "HEAD", "--", "*.py")
     return {"python": platform.python_version(), "torch": torch.__version__,
             "gymnasium": gym.__version__, "mujoco": envs.mujoco.__version__,
-            "numpy": np.__version__, "commit": commit or "unknown"}
+            "numpy": np.__version__, "commit": git("rev-parse", "HEAD") or "unknown"} | (
+                {"changes": sha1(changes.encode()).hexdigest()[:12]} if changes else {})
 
 
 def method_name(method):

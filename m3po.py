@@ -179,9 +179,10 @@ def sample_batches(D_model, D_env, beta, n, batch_size):
     each Batch from D_model, the rest from D_env."""
     noise = torch.randn(n, 2, batch_size, D_env.act_dim, device=D_env.device)
     imagined = round(beta * batch_size)
-    parts = [source.sample(n * size).minibatches(n) for source, size in (
-        (D_env, batch_size - imagined), (D_model, imagined)) if size]
-    return zip(parts[0] if len(parts) == 1 else map(Batch.join, *reversed(parts)), noise)
+    sizes = (D_env, batch_size - imagined), (D_model, imagined)
+    drawn = [source.sample(n * size).minibatches(n) for source, size in sizes if size]
+    batches = drawn[0] if len(drawn) == 1 else map(Batch.join, drawn[1], drawn[0])
+    return zip(batches, noise)
 
 
 # ---- what an epoch ends with --------------------------------------------------------------------

@@ -6,7 +6,7 @@
 `MetaModel` has three verbs: `fit` it to D_env (Algorithm 2, line 3), `sample` one imagined step
 (line 8), and `validate` what it knows on rows it never trained on.
 
-Axis letters: E members, B batch, T time (tokens, newest last), D token, H = z units.
+Axis letters: E members (the paper's B, --B), B batch, T time (tokens, newest last), D token, H = z units.
 What a token is, and which tokens a history holds: the history contract in rollouts.py.
 """
 
@@ -271,8 +271,6 @@ class MetaModel(nn.Module):
         step is the same in the whole run, and no fit is thrown away. Returns what it found, also
         how well the new rows were predicted before they were learned (`fresh`).
         """
-        if len(D_env) == 0:
-            raise ValueError("D_env holds no rows to fit the meta-model to")
         found = self.fresh(D_env)
         self.use_statistics(D_env.statistics())
         steps = max(1, round(self.steps_per_row * (D_env.total - self.seen.item())))
@@ -323,9 +321,9 @@ class MetaModel(nn.Module):
         return {"member_error": member_error, "nll": nll} | explained(residual, y)
 
     def fresh(self, D_env):
-        """What the model says of the rows written since its last fit, of which it has seen none:
-        whole stretches of where the policy goes now, not rows beside those it trained on. The
-        share is of the variance in D_env, as the few new rows have little of their own."""
+        """Errors on the rows written since the last fit, before the next one trains on them: whole
+        stretches of where the policy goes now, not rows beside those it trained on. The share is
+        of the variance in D_env, as the few new rows have little of their own."""
         seen = self.seen.item()
         if not 0 < seen < D_env.total:
             return {}

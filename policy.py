@@ -4,8 +4,8 @@
     Q_1, Q_2 (h_L, a)  twin soft Q-functions and their slow targets       HistoryNet, 2 members each
 
 One update is four functions, one equation each: `critic_loss`, `actor_loss`, `temperature_loss` and
-`update_targets`. Adapting to a new task is none of them: it is the GRU's state z moving
-as new tokens enter the window. No gradient, no task id.
+`update_targets`. Adapting to a new task is none of them: the window of the last L tokens moves, and
+z is computed from it anew, from zero, at each step. No gradient, no task id, no state carried over.
 
 Axis letters and the history contract: rollouts.py. Lineage: SAC (Haarnoja et al. 2018) as in MBPO.
 """

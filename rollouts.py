@@ -201,6 +201,8 @@ class EnvBuffer:
     def statistics(self):
         """Mean and standard deviation over all rows kept, by which policy and model standardise: of
         a token (o, a, r) [D], and of what the model predicts, (r, o' - o) [1 + O]."""
+        if len(self) == 0:
+            raise ValueError("D_env holds no rows to learn from: was every env step a fault?")
         tokens, next_obs = self.tokens[:len(self)], self.next_obs[:len(self)]  # any order will do
         change = next_obs - tokens[:, :self.obs_dim]
         statistics = {}
@@ -271,7 +273,7 @@ class ModelBuffer:
         self.count = torch.zeros(self.blocks, dtype=torch.long, device=D_env.device)  # of these
         self.sampled = self.blocks  # so many, the newest, are sampled from
         self.written = 0  # blocks ever written
-        self.sure = 0  # has_rows knows its answer until so many are
+        self.sure = 0  # while fewer blocks are written, has_rows is known to be True
         self.stats = torch.zeros(3, device=D_env.device)  # for the log: imagined, ended, non-finite
 
     @torch.no_grad()
@@ -330,7 +332,9 @@ class ModelBuffer:
         return Batch(tokens, mask, take(self.next_obs, rows), take(self.terminated, rows))
 
     def history(self, rows):
-        """Tokens [L + 1, B, D], mask [L + 1, B] of rows [B]: real ones, then the branch's own."""
+        """Tokens [L + 1, B, D], mask [L + 1, B] of rows [B]: real ones, then the branch's own. At
+        depth d the token j steps back is the branch's own if j <= d, else the real row
+        origin - (j - d). So no token more than `own` steps back is the branch's."""
         origin, depth, lags = take(self.origin, rows), take(self.depth, rows), self.D_env.lags
         mask = lags <= depth + self.D_env.length(origin)  # lag 0 is the row's own token
         older = len(lags) - 1 - self.own  # slots of real tokens alone, as depth < k

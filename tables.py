@@ -91,26 +91,33 @@ def text(number):
 
 
 def reached(kept, half):
-    """The env steps, in 1,000, after which a run's return was first above `half`: mean over the
-    runs that got there, and how many did where it was not all."""
+    """The env steps, in 1,000, after which a run's return was first above `half`: median over the
+    runs, one that never got there counting as later than all; and how many did where it was not
+    all. "never" where that is the median; "-" without a half or a run."""
     first = []
     for run in kept:
         x, values = run.curve("eval_return_mean")
-        first += list(x[values >= half][:1])
-    of = f" ({len(first)} of {len(kept)})" if len(first) < len(kept) else ""
-    return f"{np.mean(first):.1f}{of}" if first else "-"
+        first += [*x[values >= half], math.inf][:1]
+    if not kept or math.isnan(half):
+        return "-"
+    got, median = np.isfinite(first).sum(), np.median(first)
+    of = f" ({got} of {len(first)})" if got < len(first) else ""
+    return (f"{median:.1f}" if math.isfinite(median) else "never") + of
 
 
-def row(runs, kept, usual_steps, half):
-    """A method's row: its runs of the grid in one env, and what is kept of those that ended."""
+def row(runs, kept, usual, half):
+    """A method's row: its runs of the grid in one env, and what is kept of those that ended. usual:
+    the env steps of the first row's runs, and between their evaluations."""
     def mean(column):
         return text(figures.known_mean(np.array(
             [run.progress.get(column, [math.nan])[-1] for run in kept])))
 
     method, returns = runs[0].method, [run.curve("eval_return_mean")[1] for run in kept]
-    less = f", after {steps(runs[0]):,} env steps" if steps(runs[0]) != usual_steps else ""
+    less = f", after {steps(runs[0]):,} env steps" if steps(runs[0]) != usual[0] else ""
+    every = runs[0].wanted["eval_every"] * runs[0].wanted["E"]
+    seldom = f", evaluated every {every:,}" if every != usual[1] else ""
     return "| " + " | ".join([
-        f"{method.label}: {method.shows}{less}", f"`{method.flags}`" if method.flags else "-",
+        f"{method.label}: {method.shows}{less}{seldom}", f"`{method.flags}`" if method.flags else "-",
         figures.with_interval([values[-1] for values in returns]) if kept else "-",
         figures.with_interval([values.mean() for values in returns]) if kept else "-",
         reached(kept, half), mean("eval_right_way"),
@@ -133,18 +140,24 @@ def grouped(runs):
     return by_method
 
 
+def means(by_method, kept):
+    """{method: mean of its last returns in one env}, of those with a run that ended."""
+    finals = {method: final_returns(twins, kept) for method, twins in by_method.items()}
+    return {method: np.mean(list(final.values())) for method, final in finals.items() if final}
+
+
 def best_return(by_method, kept):
     """The highest mean of last returns; the oracle, a bound, is not in the running."""
-    finals = [final_returns(twins, kept) for method, twins in by_method.items()
-              if method.slug != "oracle"]
-    return max((np.mean(list(final.values())) for final in finals if final), default=math.nan)
+    return max((value for method, value in means(by_method, kept).items()
+                if method.slug != "oracle"), default=math.nan)
 
 
 def table(runs, kept, env, zero):
     """Markdown of the runs in one env; kept: {run folder: figures.Run}; zero: of play_nothing.
     Half the way is that from the zero action's return to the best method's last one."""
-    by_method, usual = grouped(runs), runs[0]
-    half = (zero["eval_return_mean"] + best_return(by_method, kept)) / 2
+    by_method, usual, best = grouped(runs), runs[0], best_return(grouped(runs), kept)
+    half = (zero["eval_return_mean"] + best) / 2 if best > zero["eval_return_mean"] else math.nan
+    seen = steps(usual), usual.wanted["eval_every"] * usual.wanted["E"]
     nothing = " | ".join([
         "zero action", "-", f"{zero['eval_return_mean']:.1f}", "-", "-",
         text(zero["eval_right_way"]), text(zero["eval_reward_after_switch"]) + " / "
@@ -152,39 +165,47 @@ def table(runs, kept, env, zero):
     return "\n".join([
         f"`{usual.env}`, {usual.wanted['eval_episodes']} episodes after {steps(usual):,} env "
         "steps; means over seeds, those of returns with Student's 95 % interval. Half: half the "
-        f"way from the zero action to the best method.{closed_form(env)}", "",
+        "way from the zero action to the best method, the median over seeds."
+        f"{closed_form(env)}", "",
         "| method | flags | final return | mean of all evaluations | 1,000 steps to half | right "
         f"way | reward per step, first {early_steps(env)} after a switch / else | explained reward,"
         " held out | seeds |",
         "|---|---|---|---|---|---|---|---|---|",
-        *(row(twins, [kept[run.folder] for run in twins if run.folder in kept], steps(usual), half)
+        *(row(twins, [kept[run.folder] for run in twins if run.folder in kept], seen, half)
           for twins in by_method.values()), f"| {nothing} |"]) + "\n"
 
 
 def overview(runs, kept, zeros):
     """Markdown of what the methods reach in all envs together; zeros: {env: return}. A return is
-    put on a scale on which the zero action is 0 and the env's best method 1. Of a seed's envs
+    put on a scale on which the zero action is 0 and the env's best method 1; where no method is
+    better than the zero action, that is 1 and the lowest mean of a method 0. Of a seed's envs
     stands the interquartile mean, of the seeds the mean, with its interval."""
     from scipy import stats
-    scaled = {}  # {method: {seed: [value per env]}}
+    scaled, below = {}, []  # {method: {seed: [value per env]}}
     for env, zero in zeros.items():
         by_method = grouped([run for run in runs if run.env == env])
-        best = best_return(by_method, kept)
+        low, high = zero, best_return(by_method, kept)
+        if high <= zero:
+            below.append(env)
+            low, high = min(means(by_method, kept).values()), zero
         for method, twins in by_method.items():
+            values = scaled.setdefault(method, {})
             for seed, value in final_returns(twins, kept).items():
-                scaled.setdefault(method, {}).setdefault(seed, []).append(
-                    (value - zero) / (best - zero))
+                values.setdefault(seed, []).append((value - low) / (high - low))
     rows = []
     for method, by_seed in scaled.items():
         whole = [stats.trim_mean(values, 0.25) for values in by_seed.values()
                  if len(values) == len(zeros)]
-        if whole:
-            rows.append(f"| {method.label} | {figures.with_interval(whole, 2)} | {len(whole)} |")
+        shown = figures.with_interval(whole, 2) if whole else "-"
+        rows.append(f"| {method.label} | {shown} | {len(whole)} |")
+    middle = "interquartile mean" if len(zeros) > 3 else "mean"  # of three nothing can be cut off
+    but = f" In {' and '.join(below)} no method is better than the zero action: there that is 1, " \
+          "and 0 the lowest mean of a method." if below else ""
     return "\n".join([
         f"All {len(zeros)} envs: final return on a scale from 0, the zero action, to 1, the best "
-        "method's mean; the interquartile mean over envs of each seed, then mean over the seeds "
-        "that ended in all of them, and Student's 95 % interval.", "",
-        "| method | interquartile mean | seeds |", "|---|---|---|", *rows]) + "\n"
+        f"method's mean (an estimate itself); the {middle} over envs of each seed, then mean over "
+        f"the seeds that ended in all of them, and Student's 95 % interval.{but}", "",
+        f"| method | {middle} | seeds |", "|---|---|---|", *rows]) + "\n"
 
 
 def tables(runs, kept, made, line, left_out):
@@ -195,11 +216,12 @@ def tables(runs, kept, made, line, left_out):
     kept = {run.folder: figures.read_run(run.result) for run in kept}
     configs = [json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
                for run in kept.values()]
-    versions = [config.get("versions", {}) for config in configs]
-    used = {f"device {config['flags']['device']}, " + ", ".join(
+    versions = [(config["flags"]["device"], of_run) for config in configs
+                for of_run in [config.get("versions", {}), *config.get("later", [])]]
+    used = {f"device {device}, " + ", ".join(
         f"{name} {number[:12]}" for name, number in of_run.items() if name != "commit")
-            for config, of_run in zip(configs, versions)}
-    commits = {of_run["commit"][:7] for of_run in versions if of_run.get("commit")}
+            for device, of_run in versions}
+    commits = {of_run["commit"][:7] for _, of_run in versions if of_run.get("commit")}
     machines = {config.get("cpu", "a CPU") for config in configs}
     head = (f"`{line}`: {' and '.join(sorted(machines))}, median "
             f"{np.median([run.seconds() for run in kept.values()]):.0f} s per run; "

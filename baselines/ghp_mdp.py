@@ -8,7 +8,8 @@ task by a latent z. Which task it is, the last L transitions must say. There is 
     infer   q(z) = N(mu, sigma), from the prior N(0, I), by J gradient steps on the ELBO of the
             window, theta frozen; again from the prior at every env step
     plan    CEM over H actions in the ensemble, z ~ q(z) held over the horizon; take the first one
-    learn   once per epoch: infer z for each row of a minibatch just so, then move theta under it
+    learn   every --fit-every env steps (once per epoch): infer z for each row of a minibatch just
+            so, then move theta under it
 
     last L transitions --J gradient steps--> q(z) --z--> CEM in p_b(r, o' | o, a, z) --> action
 
@@ -74,16 +75,17 @@ def main(args, env, state=None):
         obs = checkpoint.replay(env, progress, args.seed)
         for epoch in range(progress.epoch + 1, args.N + 1):
             while progress.step < epoch * args.E and not stop.received:
-                learning = progress.step >= args.warmup and len(D_env) > 0
+                learning, losses = progress.step >= args.warmup and len(D_env) > 0, []
                 if learning and (progress.step - args.warmup) % args.fit_every == 0:
                     with clock(progress, "fit"):
-                        loss = planner.model.fit(D_env, args.fit_steps, args.model_batch)
+                        losses = [planner.model.fit(D_env, args.fit_steps, args.model_batch)]
                         progress.fit = planner.model.validate(D_env)
-                        progress.note([loss])
                 with clock(progress, "rollouts"):  # of plans
                     action = act(planner, D_env, obs, learning)
                 with clock(progress, "env"):
                     obs = real_step(env, D_env, progress, args.seed, obs, action)
+                if losses:
+                    progress.note(losses)
                 log.step()
             faults.check_finite(progress, planner, args.E)
             if progress.step == epoch * args.E:
@@ -128,6 +130,13 @@ def load(folder, device="cpu"):
 
 
 # ---- the method ---------------------------------------------------------------------------------
+
+
+def normal(shape, generator, device):
+    """Standard normal numbers; a generator is of the CPU, and its numbers are the same anywhere."""
+    if generator is None:
+        return torch.randn(shape, device=device)
+    return torch.randn(shape, generator=generator).to(device)
 
 
 class LatentModel(nn.Module):
@@ -198,7 +207,7 @@ class LatentModel(nn.Module):
             mu, log_sigma = (o.new_zeros(n, self.z_dim, requires_grad=True) for _ in range(2))
             adam = torch.optim.Adam([mu, log_sigma], lr=self.rate)
             for _ in range(self.J):
-                noise = torch.randn(mu.shape, generator=generator, device=mu.device)
+                noise = normal(mu.shape, generator, mu.device)
                 elbo = self.elbo(o, a, y, mask, mu, log_sigma, noise)
                 mu.grad, log_sigma.grad = torch.autograd.grad(-elbo.sum(), (mu, log_sigma))
                 adam.step()
@@ -293,7 +302,7 @@ class Planner(nn.Module):
             self.own_draws.manual_seed(0)
         mu, sigma = self.model.infer(tokens, mask, obs, generator)
         members = len(self.model.ensemble.min_logvar)
-        noise = torch.randn(members, *mu.shape, generator=generator, device=mu.device)
+        noise = normal((members, *mu.shape), generator, mu.device)
         mean = self.plan(mean, obs, mu + sigma * noise, generator)
         self.mean = torch.cat([mean[:, 1:], torch.zeros_like(mean[:, :1])], 1)  # a step later
         return mean[:, 0].clone()
@@ -303,8 +312,7 @@ class Planner(nn.Module):
         and moves it to the best of them (PETS; theirs are truncated where these are clamped)."""
         std = torch.full_like(mean, self.std)
         for _ in range(self.iterations):
-            noise = torch.randn(len(mean), self.candidates, *mean.shape[1:], generator=generator,
-                                device=mean.device)
+            noise = normal((len(mean), self.candidates, *mean.shape[1:]), generator, mean.device)
             plans = (mean[:, None] + std[:, None] * noise).clamp(-1, 1)  # [n, N, H, A]
             best = self.score(obs, z, plans).topk(self.elites, 1).indices
             elites = plans.take_along_dim(best[..., None, None], 1)

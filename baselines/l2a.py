@@ -137,18 +137,17 @@ class AdaptiveModel(nn.Module):
         gradient = torch.autograd.grad(loss, theta, create_graph=second_order)
         return [p - self.inner_rate * g for p, g in zip(theta, gradient)]
 
-    def meta_loss(self, D_env, rows, K, train=True):
+    def meta_loss(self, D_env, rows, K):
         """LOGGED, of windows that adapt on the L steps before absolute rows [n] and are scored on
-        the K from there on: the steps in the hold-out where not `train`, or else the others.
+        those of the K from there on that are not in the hold-out.
         No window crosses an episode's end; one may cross a task switch."""
         tokens, mask = D_env.window(rows)
         ahead, scored = D_env.ahead(rows, K)
         future = D_env.gather(ahead, scored)
         slots = (torch.where(scored, ahead, 0) % D_env.capacity).flatten()
         next_obs = take(D_env.next_obs, slots).view(*ahead.shape, -1)
-        if train:
-            scored = scored & ~take(D_env.holdout, slots).view(ahead.shape)
-        theta_after = self.adapt(tokens, mask, future[0, :, :self.obs_dim], second_order=train)
+        scored = scored & ~take(D_env.holdout, slots).view(ahead.shape)
+        theta_after = self.adapt(tokens, mask, future[0, :, :self.obs_dim], second_order=True)
         with torch.no_grad():
             before = self.loss(self.weights(len(rows)), future, next_obs, scored).mean()
         return self.loss(theta_after, future, next_obs, scored).mean(), before
@@ -170,7 +169,7 @@ class AdaptiveModel(nn.Module):
 
     def validate(self, D_env, most=1_000):
         """The fraction of the variance of reward and observation change that theta' explains, one
-        step ahead on rows that theta was never scored on (0 = blind)."""
+        step ahead on rows that theta was never scored on, only adapted to (0 = blind)."""
         rows = D_env.rows(holdout=True)
         rows = rows if len(rows) else D_env.kept()
         spread = torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device)
@@ -271,16 +270,16 @@ def main(args, env, state=None):
         obs = checkpoint.replay(env, progress, args.seed)
         for epoch in range(progress.epoch + 1, args.N + 1):
             while progress.step < epoch * args.E and not stop.received:
-                learning = progress.step >= args.warmup
+                learning, losses = progress.step >= args.warmup, []
                 if learning and (progress.step - args.warmup) % args.fit_every == 0:
                     with clock(progress, "fit"):
                         losses = policy.model.fit(D_env, args.fit_steps, args.windows, args.K)
                         progress.fit = policy.model.validate(D_env)
-                        if losses:
-                            progress.note(losses)
                 with clock(progress, "env"):
                     action = m3po.act(policy, D_env, obs, learning)  # adapts, then plans
                     obs = m3po.real_step(env, D_env, progress, args.seed, obs, action)
+                if losses:
+                    progress.note(losses)
                 log.step()
             faults.check_finite(progress, policy, args.E)
             if progress.step == epoch * args.E:

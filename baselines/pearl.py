@@ -1,6 +1,6 @@
 """PEARL: probabilistic embeddings for actor-critic meta-RL (Rakelly et al., ICML 2019).
 
-    python -m baselines.pearl                                     # the toy: two minutes
+    python -m baselines.pearl                                     # the toy: a minute
     python -m baselines.pearl --env halfcheetah-fwd-bwd --N 20 --G 10 --width 128
 
 The idea: guess the hidden task, z, from recent transitions, each of which is one piece of evidence;

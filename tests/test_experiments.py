@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -50,7 +51,8 @@ def test_a_flag_that_a_method_does_not_have_is_left_out_there_and_that_is_said()
     assert left_out == ["Left out: --M=9 for pearl and l2a.", "Left out: --kl-weight 0.5 for m3po "
                         "and l2a.", "Left out: --target-entropy -3 for l2a.",
                         "Left out: --beta 0.5 for pearl and l2a.",
-                        "Left out: --no-layer-norm for l2a."]
+                        "Left out: --no-layer-norm for l2a.",
+                        "Left out: --beta 0.5 for recurrent SAC, which has --beta 0."]
     own, pearl, l2a, sac = (run.wanted for run in runs)
     assert [flags["N"] for flags in (own, pearl, l2a, sac)] == [4] * 4
     assert own["M"] == 9 and own["target_entropy"] == -3 and pearl["target_entropy"] == -3
@@ -148,7 +150,7 @@ def test_a_flag_that_did_not_exist_when_a_result_was_made_was_off(tmp_path):
     flags = ["--methods", "m3po", "--seeds", 0, "--results", tmp_path / "results"]
     shutil.copytree(folder, tmp_path / "results/point-fwd-bwd/m3po/seed0")
     assert experiments.is_kept(wanted(*flags, "--", "--no-newest-token")[1][0])
-    with pytest.raises(experiments.Refused, match="with newest_token None, not True"):
+    with pytest.raises(experiments.Refused, match="with newest_token False, not True"):
         experiments.is_kept(wanted(*flags, "--", "--newest-token")[1][0])
     with pytest.raises(experiments.Refused, match="with reward_scale 1.0, not 0.1"):
         experiments.is_kept(wanted(*flags, "--", "--no-newest-token", "--reward-scale", .1)[1][0])
@@ -178,6 +180,53 @@ def test_how_often_a_finished_run_was_evaluated_makes_it_no_other(tmp_path):
     assert experiments.is_kept(wanted(*flags)[1][0])
     with pytest.raises(experiments.Refused, match="with eval_episodes 50, not 9"):
         experiments.is_kept(wanted(*flags, "--", "--eval-episodes", 9)[1][0])
+
+
+def test_a_finished_run_without_an_evaluation_at_its_end_is_refused(tmp_path):
+    folder = tmp_path / "results/point-fwd-bwd/m3po/seed0"
+    folder.parent.mkdir(parents=True)
+    fake_run(folder, (1, math.nan), steps=(1500, 3000), eval_every=4)
+    with pytest.raises(experiments.Refused, match="was not evaluated at its end"):
+        experiments.is_kept(wanted("--methods", "m3po", "--seeds", 0, "--results",
+                                   tmp_path / "results")[1][0])
+
+
+def test_a_run_that_stopped_in_its_first_epoch_goes_on_with_its_own_flags_alone(tmp_path):
+    flags = ["--methods", "m3po", "--seeds", 0, "--out", tmp_path, "--results", tmp_path / "r"]
+    begun = wanted(*flags)[1][0]
+    begun.folder.parent.mkdir(parents=True)
+    fake_run(begun.folder, G=20)
+    (begun.folder / "progress.csv").unlink()
+    assert experiments.epochs_done(begun) == 0  # killed before its first checkpoint
+    (begun.folder / "checkpoint.pt").touch()
+    assert experiments.epochs_done(wanted(*flags, "--", "--G", 20)[1][0]) == 0
+    with pytest.raises(experiments.Refused, match="with G 20, not 4; use another --out"):
+        experiments.epochs_done(begun)
+
+
+def test_what_another_runner_has_taken_meanwhile_is_left_to_it(tmp_path, monkeypatch, capsys):
+    args, runs, _, _ = wanted("--methods", "m3po", "--seeds", 0, 1, 2, "--out", tmp_path,
+                              "--results", tmp_path / "r")
+    started = []
+    monkeypatch.setattr(experiments, "start", lambda run, args: started.append(run.seed)
+                        or subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]))
+    runs[0].folder.parent.mkdir(parents=True)
+    runs[1].result.parent.mkdir(parents=True)
+    fake_run(runs[1].result, (1, 3), seed=1, steps=(1500, 3000))
+    with open(f"{runs[0].folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        failed = experiments.run_all(runs, runs, args)
+    assert started == [2] and list(failed) == ["point-fwd-bwd/m3po/seed2"]
+    assert capsys.readouterr().out.count("another process has taken it") == 2
+
+
+def test_an_agent_without_its_checkpoint_is_not_thrown_away(tmp_path):
+    begun = wanted("--methods", "m3po", "--seeds", 0, "--out", tmp_path)[1][0]
+    begun.folder.mkdir(parents=True)
+    (begun.folder / "agent.pt").touch()
+    with pytest.raises(experiments.Refused, match="agent.pt but no checkpoint.pt"):
+        experiments.train(begun)
+    assert (begun.folder / "agent.pt").exists()
 
 
 def test_the_time_left_is_that_of_the_same_method_and_less_what_is_done(tmp_path):
@@ -263,7 +312,8 @@ def test_stopping_the_experiments_sends_each_run_one_signal_and_waits_until_it_h
             "time.sleep(0.3); pathlib.Path(sys.argv[1], 'saved').touch(); sys.exit(130)\n"
             "signal.signal(signal.SIGINT, save)\n"
             "pathlib.Path(sys.argv[1], 'running').touch(); time.sleep(60)\n")
-    args, runs, _, _ = wanted("--methods", "m3po", "--seeds", 0, 1, 2, "--out", tmp_path)
+    args, runs, _, _ = wanted("--methods", "m3po", "--seeds", 0, 1, 2, "--out", tmp_path,
+                              "--results", tmp_path / "r")
     folders = [run.folder for run in runs]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -300,7 +350,8 @@ def test_where_no_run_can_be_sent_ctrl_c_stopping_still_waits_for_them(tmp_path,
 
     child = Child()
     monkeypatch.setattr(experiments, "start", lambda run, args: child)
-    args, runs, _, _ = wanted("--methods", "m3po", "--seeds", 0, "--out", tmp_path)
+    args, runs, _, _ = wanted("--methods", "m3po", "--seeds", 0, "--out", tmp_path, "--results",
+                              tmp_path / "r")
     with pytest.raises(KeyboardInterrupt):
         experiments.run_all(runs, runs, args)
     assert child.waited

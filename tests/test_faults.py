@@ -11,6 +11,7 @@ import pytest
 
 import checkpoint
 import envs
+import faults
 import m3po
 from tests.conftest import RunEnv, TINY, assert_same_run, read_rows, resume_run, run
 
@@ -18,11 +19,11 @@ from tests.conftest import RunEnv, TINY, assert_same_run, read_rows, resume_run,
 class Breaks(RunEnv):
     """Raises at step t (0: in reset) of the episode that begins with a given seed."""
 
-    breaks = None
+    breaks, error = None, KeyError("the robot's own bug")
 
     def broken(self, *now):
         if now == self.breaks:
-            raise KeyError("the robot's own bug")
+            raise self.error
 
     def reset(self, *, seed=None, options=None):
         self.seed = seed
@@ -67,6 +68,17 @@ def test_an_own_envs_exception_is_saved_first_placed_in_a_line_and_keeps_its_tra
     assert [row["global_step"] for row in read_rows(tmp_path / "a", "eval.csv")] == ["40", "80"]
     if stream == 1:  # between two steps: as if it had never been
         assert_same_run(tmp_path / "a", run(tmp_path / "b", *flags))
+
+
+def test_an_overflow_that_numpy_raises_in_an_own_env_is_its_exception_and_no_divergence(
+        breaking_env, monkeypatch, tmp_path):
+    monkeypatch.setattr(Breaks, "error", FloatingPointError("overflow encountered in square"))
+    flags = breaking_env((envs.seeds(0, 0, 10)[0], 1))
+    with pytest.raises(FloatingPointError), faults.in_one_line("m3po"):
+        run(tmp_path / "a", *flags)
+    assert checkpoint.read(tmp_path / "a/checkpoint.pt", "run")["step"] == 60
+    with pytest.raises(SystemExit), faults.in_one_line("m3po"):
+        raise FloatingPointError("q_loss is not finite at env step 84")
 
 
 def test_a_bug_of_a_fork_is_saved_first_and_keeps_its_traceback(tmp_path, monkeypatch, capsys):

@@ -99,7 +99,7 @@ def test_a_run_is_drawn_from_its_two_small_files_whatever_columns_they_have(tmp_
 
 @pytest.mark.parametrize("flags, name", [
     ({}, "M3PO"), ({"k": 5}, "k = 5"), ({"rollout": "full"}, "Full"), ({"model": "mlp"}, "M2PO"),
-    ({"hybrid": [80, 130]}, "M3PO-h"), ({"beta": 0.0}, "recurrent SAC"),
+    ({"hybrid": [80, 130]}, "M3PO-h 80 to 130"), ({"beta": 0.0}, "recurrent SAC"),
     ({"L": 0}, "blind (L = 0)"), ({"no_token_reward": True}, "no reward token"),
     ({"oracle": True}, "oracle"),
     ({"beta_nll": 0.0, "reward_weight": 1.0}, "literal likelihood"),
@@ -107,6 +107,7 @@ def test_a_run_is_drawn_from_its_two_small_files_whatever_columns_they_have(tmp_
     ({"k": 5, "G": 9}, "k = 5, G = 9"), ({"fit_every": 7}, "fit every = 7"),
     ({"beta": 1.0}, "imagined alone"), ({"beta": 0.7}, "beta = 0.7"),
     ({"newest_token": False, "k": 5}, "newest token = False, k = 5"), ({"G": 1}, "G = 1"),
+    ({"env_capacity": 3_000}, "M3PO"), ({"env_capacity": 500}, "env capacity = 500"),
 ])
 def test_a_variant_is_named_by_what_differs_from_the_defaults(flags, name):
     args = vars(m3po.parse_args([])[0])
@@ -122,8 +123,7 @@ def test_settings_that_all_runs_share_stand_in_the_title(tmp_path):
     assert {label: len(group) for label, group in groups["point-fwd-bwd"].items()} == {
         "M3PO": 2, "k = 5": 1}
     planner = fake_run(tmp_path / "d", method="l2a")  # has no G, so it contradicts none
-    config = json.loads((planner / "config.json").read_text())
-    del config["flags"]["G"]
+    config = {"flags": vars(m3po.parse_args([], "l2a")[0])}
     (planner / "config.json").write_text(json.dumps(config))
     assert figures.read_runs([*runs, planner])[1] == titles
     assert "point-fwd-bwd" == figures.read_runs([*runs, fake_run(tmp_path / "e", seed=2)])[1][
@@ -173,6 +173,8 @@ def test_recovery_is_nine_tenths_of_the_way_back():
     assert figures.steps_to_recover(x, np.array([1, 1, -1, -1, 0.7, 0.81, 1])) == 3
     assert figures.steps_to_recover(x, np.array([1, 1, -1, -1, 0, 0, 0])) is None
     assert figures.steps_to_recover(x, np.zeros(7)) is None
+    slow = np.array([1, 1, 0.98, 0.95, 0, 0.5, 0.95])  # it falls little by little
+    assert figures.steps_to_recover(x, slow) == 4
 
 
 def damage_run(folder, how):

@@ -176,13 +176,13 @@ def test_no_window_crosses_an_episodes_end_and_the_future_is_what_followed(capac
     assert crossed_a_switch
 
 
-def test_a_step_held_out_never_trains_but_validates():
+def test_a_step_held_out_is_never_scored_in_training_but_validates():
     D_env, model = EnvBuffer(50, 3, 1, L=2), AdaptiveModel(3, 1, (4,))
     fill(D_env, 40)
     rows = D_env.kept()[:20]
     D_env.holdout[:] = True
     assert model.meta_loss(D_env, rows, 3)[0] == 0
-    assert model.meta_loss(D_env, rows, 3, train=False)[0] > 0
+    assert len(D_env.rows(holdout=True)) == 40 and "explained_reward" in model.validate(D_env)
 
 
 # --- MPPI -----------------------------------------------------------------------------------------

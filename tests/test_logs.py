@@ -1,6 +1,7 @@
 """What a run writes down about itself."""
 
 import fcntl
+import json
 import os
 import re
 import struct
@@ -19,6 +20,36 @@ from tests.conftest import TINY, read_rows, resume_run, run
 def test_without_git_the_commit_is_unknown(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert logs.versions()["commit"] == "unknown"
+
+
+def test_changes_since_the_commit_are_in_the_versions(monkeypatch):
+    said = {"rev-parse": "c0ffee", "diff": ""}
+    monkeypatch.setattr(logs, "git", lambda word, *rest: said[word])
+    assert logs.versions()["commit"] == "c0ffee" and "changes" not in logs.versions()
+    hashes = []
+    for said["diff"] in ("-a", "-a+b"):
+        hashes.append(logs.versions()["changes"])
+    assert len(set(hashes)) == 2 and all(len(text) == 12 for text in hashes)
+
+
+def test_a_resumed_run_tells_the_versions_it_began_with_and_those_it_met_later(
+        tmp_path, monkeypatch):
+    of_run = lambda: json.loads((tmp_path / "a/config.json").read_text())
+    commits = iter(["one", "one", "two", "two", "one"])
+    monkeypatch.setattr(logs, "versions", lambda: {"commit": next(commits)})
+    monkeypatch.setattr(logs, "describe", lambda *_: "")
+    run(tmp_path / "a")
+    for n in (3, 4, 5, 6):
+        assert ("later" in of_run()) == (n == 6 or n == 5)
+        resume_run(tmp_path / "a", "--N", n)
+    assert of_run()["versions"] == {"commit": "one"} and of_run()["later"] == [{"commit": "two"}]
+
+
+def test_a_resumed_log_keeps_the_columns_it_began_with(tmp_path):
+    path = tmp_path / "log.csv"
+    logs.append_csv(path, ["a", "b"], [{"a": 1, "b": 2}])
+    logs.append_csv(path, ["a", "new", "b"], [{"a": 3, "new": 9, "b": 4}])
+    assert path.read_text().split() == ["a,b", "1,2", "3,4"]
 
 
 def test_tensorboard_gets_every_number_where_it_is_installed(monkeypatch, tmp_path):

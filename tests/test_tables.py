@@ -1,6 +1,7 @@
 """tables.py: the methods of the experiments, and what is written of them."""
 
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -60,19 +61,50 @@ def test_the_tables_of_many_envs_come_from_the_results_alone(tmp_path, capsys):
     toy, ant = said.split("\n`ant-fwd-bwd`, 50 episodes after 200,000 env steps")
     assert "`point-fwd-bwd`, 50 episodes after 3,000 env steps" in toy and "95.04" in toy
     assert "| M3PO: the default, k = 1 | - | 5.0 [-7.7, 17.7] | 3.0 [" in toy
-    assert "after 2,000 env steps | - | 8.0 | 4.5 | 2.0 |" in toy and "| 1 |\n" in toy
+    assert "after 2,000 env steps, evaluated every 400 | - | 8.0 | 4.5 | 2.0 |" in toy
+    assert "| 1 |\n" in toy
     assert "| zero action | - | 0.0 | - | - | 0.00 | 0.00 / 0.00 | - | - |\n" in toy
     assert "| 950.0 | 925.0 |" in ant and "95.04" not in ant and "median 60 s" in toy
     assert ", torch 2.13.0+cpu; commits 0234567, 1234567.\n" in toy
     nothing = float(ant.split("| zero action | - | ")[1].split(" |")[0])
     assert nothing > 0  # an ant that stands earns 1 a step
-    # Of the toy 0 and 8 are the ends, of the ant its zero action and 950; the ant's seed 1 is not.
+    # Of the toy 0 and 8 are the ends; of the ant, whose seed 1 is not, 950 and the zero action.
     both = said.split("All 2 envs")[1]
-    assert f"| M3PO | {(4 / 8 + 1) / 2:.2f} | 1 |" in both and "GHP" not in both
+    assert nothing > 950 and "In ant-fwd-bwd no method is better than the zero action" in both
+    assert f"| M3PO | {(4 / 8 + 0) / 2:.2f} | 1 |" in both and "| GHP-MDP | - | 0 |" in both
+    assert "| method | mean | seeds |" in both  # of two envs nothing is cut off
+
+
+def fake_kept(tmp_path, env, method, *finals):
+    """Runs of a grid, and what is kept of them: their last returns."""
+    runs, kept = [], {}
+    for seed, last in enumerate(finals):
+        folder = tmp_path / env / method / f"seed{seed}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        kept[folder] = figures.read_run(fake_run(folder, (0, last), seed))
+        runs.append(Namespace(env=env, method=tables.METHODS[method], seed=seed, folder=folder))
+    return runs, kept
+
+
+def test_the_scale_over_envs_puts_the_better_method_higher_wherever_zero_lies(tmp_path):
+    runs, kept = [], {}
+    for env, zero, good, bad in (("a", 0, (90, 110), (40, 60)), ("b", 1000, (800, 820), (200, 210)),
+                                 ("c", -5, (95, 95), (-5, 45)), ("d", 0, (10, 10), (-20, -10))):
+        for method, finals in (("m3po", good), ("recurrent-sac", bad)):
+            more = fake_kept(tmp_path, env, method, *finals)
+            runs, kept = runs + more[0], kept | more[1]
+    text = tables.overview(runs, kept, {"a": 0, "b": 1000, "c": -5, "d": 0})
+    # b: its methods' lowest mean, 205, is 0 and the zero action 1. Each seed without the lowest and
+    # the highest of four envs: M3PO .9 and 1, then 1 and 1; SAC (200 - 205) / 795 and 0, .06 and .5.
+    m3po = figures.with_interval([0.95, 1.0], 2)
+    sac = figures.with_interval([(-5 / 795 + 0) / 2, (5 / 795 + 0.5) / 2], 2)
+    assert f"| M3PO | {m3po} | 2 |" in text and f"| recurrent SAC | {sac} | 2 |" in text
+    assert "In b no method" in text and "| method | interquartile mean | seeds |" in text
 
 
 def test_half_the_way_is_reached_at_the_first_evaluation_that_is_there(tmp_path):
     kept = [figures.read_run(fake_run(tmp_path / name, returns, steps=(2_000, 4_000, 6_000)))
             for name, returns in (("a", (1, 5, 2)), ("b", (1, 2, 6)), ("c", (1, 2, 3)))]
-    assert tables.reached(kept[:2], 5) == "5.0" and tables.reached(kept, 5) == "5.0 (2 of 3)"
-    assert tables.reached(kept, 9) == "-" and tables.reached(kept, 1) == "2.0"
+    assert tables.reached(kept[:2], 5) == "5.0" and tables.reached(kept, 5) == "6.0 (2 of 3)"
+    assert tables.reached(kept, 6) == "never (1 of 3)" and tables.reached(kept, 1) == "2.0"
+    assert tables.reached(kept, float("nan")) == tables.reached([], 1) == "-"
