@@ -289,9 +289,7 @@ class MetaModel(nn.Module):
     def minibatches(self, D_env, steps):
         """So many minibatches of absolute rows [E, b] that are not held out, drawn uniformly from
         all that are kept."""
-        train, E = D_env.rows(holdout=False), len(self.min_logvar)
-        if len(train) == 0:  # a handful of rows, all drawn into the hold-out
-            train = D_env.rows(holdout=True)
+        train, E = D_env.rows_or_all(holdout=False), len(self.min_logvar)
         for _ in range(steps):
             yield train[torch.randint(len(train), (E, self.batch_size), device=train.device)]
 
@@ -314,10 +312,7 @@ class MetaModel(nn.Module):
     def validate(self, D_env, holdout=True):
         """On rows never trained on (or on the others): member_error, nll, and the share of the
         variance of reward and observation change that the ensemble's mean explains (0 = blind)."""
-        rows = D_env.rows(holdout)
-        if len(rows) == 0:
-            rows = D_env.rows(not holdout)
-        member_error, nll, residual, y = self.score(D_env, rows)
+        member_error, nll, residual, y = self.score(D_env, D_env.rows_or_all(holdout))
         return {"member_error": member_error, "nll": nll} | explained(residual, y)
 
     def fresh(self, D_env):

@@ -198,6 +198,11 @@ class EnvBuffer:
         kept = self.kept()
         return kept[self.holdout[kept % self.capacity] == holdout]
 
+    def rows_or_all(self, holdout):
+        """The same, or all rows kept where there are none: of a handful, all may lie on one side."""
+        rows = self.rows(holdout)
+        return rows if len(rows) else self.kept()
+
     def statistics(self):
         """Mean and standard deviation over all rows kept, by which policy and model standardise: of
         a token (o, a, r) [D], and of what the model predicts, (r, o' - o) [1 + O]."""

@@ -232,8 +232,7 @@ class LatentModel(nn.Module):
     def fit(self, D_env, steps, batch_size):
         """theta <- `steps` Adam steps on minibatches of D_env; returns the mean loss [1]."""
         self.use_statistics(D_env.statistics())
-        rows = D_env.rows(holdout=False)
-        rows = rows if len(rows) else D_env.rows(holdout=True)
+        rows = D_env.rows_or_all(holdout=False)
         losses = []
         for _ in range(steps):
             picked = rows[torch.randint(len(rows), (batch_size,), device=rows.device)]
@@ -252,8 +251,7 @@ class LatentModel(nn.Module):
     def validate(self, D_env, most=1_000):
         """The fraction of the variance of reward and observation change that the ensemble's mean
         explains at z = mu, on rows that theta never was fitted to (0 = blind)."""
-        rows = D_env.rows(holdout=True)
-        rows = rows if len(rows) else D_env.rows(holdout=False)
+        rows = D_env.rows_or_all(holdout=True)
         spread = torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device)
         batch = D_env.batch(rows[spread.long()])
         obs, actions, _ = batch.split(self.obs_dim)

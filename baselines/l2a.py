@@ -155,8 +155,7 @@ class AdaptiveModel(nn.Module):
     def fit(self, D_env, steps, windows, K):
         """`steps` Adam steps on theta; returns LOGGED of each, [steps] tensors."""
         self.use_statistics(D_env.statistics())
-        rows = D_env.rows(holdout=False)
-        rows = rows if len(rows) else D_env.kept()
+        rows = D_env.rows_or_all(holdout=False)
         losses = []
         for _ in range(steps):
             picked = take(rows, torch.randint(len(rows), (windows,), device=rows.device))
@@ -170,8 +169,7 @@ class AdaptiveModel(nn.Module):
     def validate(self, D_env, most=1_000):
         """The fraction of the variance of reward and observation change that theta' explains, one
         step ahead on rows that theta was never scored on, only adapted to (0 = blind)."""
-        rows = D_env.rows(holdout=True)
-        rows = rows if len(rows) else D_env.kept()
+        rows = D_env.rows_or_all(holdout=True)
         spread = torch.linspace(0, len(rows) - 1, min(most, len(rows)), device=rows.device)
         errors, targets = [], []
         for part in rows[spread.long()].split(50):  # as every row takes a net of its own
