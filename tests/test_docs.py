@@ -10,6 +10,7 @@ import pytest
 
 import figures
 import play
+from results import redraw
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "agents/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,6 +54,19 @@ def test_every_link_leads_to_a_file_and_a_heading(document):
 def test_the_readmes_figure_can_be_drawn_in_a_fresh_clone():
     pattern = re.search(r"figures.py curves (results/\S+)", (ROOT / "README.md").read_text())[1]
     assert figures.read_runs(sorted(ROOT.glob(pattern)))[0]["point-fwd-bwd"]
+
+
+def test_one_command_redraws_every_picture_and_table_of_the_results():
+    found, text = redraw.commands(), (ROOT / "docs" / "RESULTS.md").read_text()
+    pictures = set(re.findall(r"\]\(\.\./(images/[^)]*)\)", text))
+    drawn = {command.split("--out ")[1] for command in found if "--out " in command}
+    assert pictures - drawn == {"images/cheetah_strip.png"}  # which an agent plays
+    assert {"python experiments.py --table"} < set(found)
+    for command in found:  # of finished runs alone
+        for pattern in re.findall(r"results/\S+", command):
+            given = subprocess.run(["bash", "-c", f"ls -d {pattern}"], cwd=ROOT, check=True,
+                                   capture_output=True, text=True).stdout.split()
+            assert all((ROOT / folder / "progress.csv").exists() for folder in given)
 
 
 @pytest.mark.parametrize("log", ["progress.csv", "eval.csv", "switches.csv"])
