@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,8 @@ import figures
 import m3po
 from logs import Log
 from tests.conftest import TINY, assert_refused, assert_same_run, fake_run, read_rows, run
+
+ROOT = Path(__file__).parents[1]
 
 
 def wanted(*argv):
@@ -296,6 +299,19 @@ def test_a_run_that_was_stopped_ends_the_single_command_with_the_signals_status(
     folder = "point-fwd-bwd/m3po/seed0"
     assert_same_run(tmp_path / "out" / folder, run(tmp_path / "never_stopped"))
     assert (tmp_path / "results" / folder / "config.json").exists()
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="it needs git")
+@pytest.mark.parametrize("patch", sorted((ROOT / "results" / "search").glob("*.patch")),
+                         ids=lambda path: path.stem)
+def test_the_patches_of_the_search_apply(patch, tmp_path):
+    files = re.findall(r"^\+\+\+ b/(\S+)", patch.read_text(), re.M)
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    done = subprocess.run(["git", "apply", str(patch)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert any((ROOT / name).read_text() != (tmp_path / name).read_text() for name in files)
 
 
 def test_where_there_is_no_fcntl_nobody_is_kept_out(tmp_path, monkeypatch):
