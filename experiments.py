@@ -10,11 +10,11 @@
     ... --slurm                                       # what remains as one array job (slurm.py)
 
 OUT/ENV/METHOD/seedS is a run folder, OUT/ENV/METHOD/seedS.log what it printed, OUT/table.md the
-tables. Of a finished run RESULTS/ENV/METHOD/seedS keeps progress.csv, config.json and switches.csv: a few
-kB for git. What is there is never run again, so another machine goes on with the rest. Stop it with Ctrl-C
-at any time; the same command goes on. A run that fails does not stop the others; it is named at the
-end, with its log. A grid of one run trains in this process, and that is what a larger grid, SLURM
-or GNU parallel starts for each of its runs. The methods: METHODS in tables.py.
+tables. Of a finished run RESULTS/ENV/METHOD/seedS keeps progress.csv, config.json and switches.csv:
+a few kB for git. What is there is never run again, so another machine goes on with the rest. Stop
+it with Ctrl-C at any time; the same command goes on. A run that fails does not stop the others; it
+is named at the end, with its log. A grid of one run trains in this process, and that is what a
+larger grid, SLURM or GNU parallel starts for each of its runs. The methods: METHODS in tables.py.
 """
 
 import importlib

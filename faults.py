@@ -60,16 +60,19 @@ def out_of_memory(error):
             or isinstance(error, RuntimeError) and "memory" in first_line)
 
 
+def in_a_line(error):
+    """Whether its first line says all: no traceback, and no checkpoint of what it left."""
+    return isinstance(error, CheckpointError) or diverged(error) or out_of_memory(error)
+
+
 @contextmanager
 def saved_first(args, progress, policy, save):
     """Around training. An exception of the user's own env, or a bug, goes on its way with its
     traceback; before that comes a checkpoint and one line that says where it happened."""
     try:
         yield
-    except CheckpointError:
-        raise
     except Exception as error:
-        if diverged(error) or out_of_memory(error):
+        if in_a_line(error):
             raise
         try:
             check_finite(progress, policy, args.E)
@@ -93,18 +96,14 @@ def in_one_line(method):
     """What needs no traceback ends the program with one line."""
     try:
         yield
-    except CheckpointError as error:
-        sys.exit(f"{program(method)}: error: {error}")
-    except FloatingPointError as error:
-        if not diverged(error):
-            raise
-        sys.exit(f"{program(method)}: error: {error}")
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
+    except Exception as error:
+        if not in_a_line(error):
             raise
         message = str(error).partition("\n")[0] or "out of memory"
-        sizes = "--M, --retain, --env-capacity" if method == "m3po" else "--env-capacity"
-        sys.exit(f"{program(method)}: error: {message}; see {sizes}")
+        if out_of_memory(error):
+            sizes = "--M, --retain, --env-capacity" if method == "m3po" else "--env-capacity"
+            message = f"{message}; see {sizes}"
+        sys.exit(f"{program(method)}: error: {message}")
     except KeyboardInterrupt:  # before training, which has StopSignals
         print("stopped before training began", file=sys.stderr)
         sys.exit(130)

@@ -6,10 +6,11 @@
     python figures.py envs --out envs.png                         the environments (Figure 6)
 
 A run is a folder with config.json and progress.csv: a run folder, or what experiments.py keeps of
-one in results/; `adaptation` needs switches.csv too, and like `theory` takes one env at a time. Runs are grouped by env and variant, which
-is what in config.json differs from m3po.py's defaults for that env. Lines are means over
-seeds, each seed faint; bands are Student's 95 % intervals, because a bootstrap over two to five
-seeds covers too little. A table prints beside each plot. Figure 4 comes from bounds.py.
+one in results/; `adaptation` needs switches.csv too, and like `theory` takes one env at a time.
+Runs are grouped by env and variant, which is what in config.json differs from m3po.py's defaults
+for that env. Lines are means over seeds, each seed faint; bands are Student's 95 % intervals,
+because a bootstrap over two to five seeds covers too little. A table prints beside each plot.
+Figure 4 comes from bounds.py.
 """
 
 import csv
@@ -33,8 +34,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DPI = 150
 STRUCTURE = set("k L B rollout model hybrid beta no_token_reward oracle beta_nll reward_weight "
                 "alpha".split())  # flags that make a variant, also where all runs share them
-NAMED = {  # flag: value, or None for all, and how the paper and the README call it
-    "model": ("mlp", "M2PO"), "rollout": ("full", "Full"),
+NAMED = {  # flag: value, or None for all, and how the paper and the README call it ({0}: value)
+    "hybrid": (None, "M3PO-h {0[0]:g} to {0[1]:g}"), "model": ("mlp", "M2PO"),
+    "rollout": ("full", "Full"),
     "beta": (0, "recurrent SAC"), "L": (0, "blind (L = 0)"), "oracle": (True, "oracle"),
     "no_token_reward": (True, "no reward token")}
 TOGETHER = {  # flags that make a variant if they differ like this
@@ -144,10 +146,8 @@ def variant(differs, method="m3po"):
             differs = {name: value for name, value in differs.items() if name not in flags}
     for name, value in differs.items():
         named, words = NAMED.get(name, (value, ""))
-        if name == "hybrid" and value:
-            words = "M3PO-h {:g} to {:g}".format(*value)
         plain = f"{name.replace('_', ' ')} = {value}"
-        names.append(words if words and named in (None, value) else plain)
+        names.append(words.format(value) if words and named in (None, value) else plain)
     return ", ".join(names) or "M3PO"
 
 
@@ -160,7 +160,7 @@ def read_runs(folders, one_env=False):
         raise FigureError(f"{' and '.join(by_env)} have no common scale here: one env at a time")
     for env, runs in by_env.items():
         differs = [differences(run.flags) for run in runs]
-        has = [defaults(env, run.flags.get("method", "m3po")) for run in runs]  # a baseline less
+        has = [defaults(env, run.flags["method"]) for run in runs]  # a baseline less
         shared = {name: value for d in differs for name, value in d.items()
                   if name not in STRUCTURE and all(other.get(name) == value or name not in flags
                                                    for other, flags in zip(differs, has))}
@@ -168,7 +168,7 @@ def read_runs(folders, one_env=False):
         groups[env] = {}
         for run, d in zip(runs, differs):
             label = variant({name: value for name, value in d.items() if name not in shared},
-                            run.flags.get("method", "m3po"))
+                            run.flags["method"])
             groups[env].setdefault(label, []).append(run)
         named = [item for group in groups[env].items() for item in apart(*group).items()]
         groups[env] = dict(sorted(named, key=lambda item: item[0] != "M3PO"))

@@ -89,7 +89,7 @@ def defaults(env, method="m3po"):
 
 def default_warmup(flags):
     """At most half the run, so that a short one learns something too."""
-    default = defaults(flags["env"], flags.get("method", "m3po"))
+    default = defaults(flags["env"], flags["method"])
     return min(default["warmup"], max(1, flags["N"] * flags["E"] // 2))
 
 
@@ -103,13 +103,13 @@ def completed(flags):
 
 def differences(flags):
     """{flag: value} of what is trained otherwise than by the method's defaults for flags["env"]."""
-    default = defaults(flags["env"], flags.get("method", "m3po"))
-    if flags.get("warmup") == default_warmup(flags):
+    default = defaults(flags["env"], flags["method"])
+    if flags["warmup"] == default_warmup(flags):
         default["warmup"] = flags["warmup"]
     if flags["env_capacity"] >= flags["N"] * flags["E"]:  # nothing is ever overwritten
         default["env_capacity"] = flags["env_capacity"]
     return {name: flags[name] for name, value in default.items()
-            if name not in CHANGES_NO_LEARNING and name in flags and flags[name] != value}
+            if name not in CHANGES_NO_LEARNING and flags[name] != value}
 
 
 # ---- the parser ---------------------------------------------------------------------------------

@@ -95,32 +95,32 @@ def weights_and_biases(args, out):
     return tracker
 
 
-def open_run_folder(args, step):
-    """A new folder with config.json; in a resume also the logs, cut after env step `step`."""
+def open_run_folder(args, step, now):
+    """A new folder with config.json; in a resume also the logs, cut after env step `step`. now:
+    versions()."""
     out = Path(args.out)
     with checkpoint.writing(out):
         out.mkdir(parents=True, exist_ok=bool(args.resume))
     for name in ("progress.csv", "eval.csv") if args.resume else ():
         checkpoint.cut_log(Path(args.resume) / name, out / name, step)
-    config = {"method": args.method, "flags": vars(args)} | versions_of_run(args.resume)
+    config = {"method": args.method, "flags": vars(args)} | versions_of_run(args.resume, now)
     text = json.dumps(config, indent=1)
     checkpoint.write_atomically(out / "config.json", lambda f: f.write(text.encode()))
     return out
 
 
-def versions_of_run(resumed):
+def versions_of_run(resumed, now):
     """{"versions": those it began with, "later": the others it was resumed with, if any}."""
-    now, config = versions(), Path(resumed or "") / "config.json"
-    try:
-        before = json.loads(config.read_text(encoding="utf-8")) if resumed else {}
-    except (OSError, ValueError):  # lost or broken: nothing to add to
-        before = {}
-    if "versions" not in before:
-        return {"versions": now}
-    later = before.get("later", [])
-    if now not in [before["versions"], *later]:
+    before = {}
+    if resumed:
+        try:
+            before = json.loads((Path(resumed) / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # lost or broken: nothing to add to
+            pass
+    first, later = before.get("versions", now), before.get("later", [])
+    if now not in [first, *later]:
         later = [*later, now]
-    return {"versions": before["versions"]} | ({"later": later} if later else {})
+    return {"versions": first} | ({"later": later} if later else {})
 
 
 class Log:
@@ -129,10 +129,11 @@ class Log:
     def __init__(self, args, env, progress):
         self.args, self.env, self.progress = args, env, progress
         self.seconds = Counter()  # by part, since this process began
-        self.out = open_run_folder(args, progress.epoch * args.E)
+        now = versions()
+        self.out = open_run_folder(args, progress.epoch * args.E, now)
         self.board = tensorboard(args.out, progress.step)
         self.tracker = weights_and_biases(args, self.out)
-        print(describe(args, env, progress), flush=True)
+        print(describe(args, env, progress, now), flush=True)
         if args.method == "m3po":
             print(LEGEND, flush=True)
         self.bar = self.new_bar(progress.step)
@@ -314,8 +315,8 @@ def method_name(method):
     return method.upper().replace("_", "-")
 
 
-def describe(args, env, progress):
-    """What is trained, in some ten lines."""
+def describe(args, env, progress, now):
+    """What is trained, in some ten lines. now: versions()."""
     inner, own = env.unwrapped, "the env's own"
     period = getattr(inner, "switch_every", own)
     task = period or "one per episode"
@@ -337,7 +338,7 @@ def describe(args, env, progress):
         f"method       {name}" + (", but " + ", ".join(differs) if differs else ""),
         f"one epoch    {args.E:,} env steps{rollouts}{updates}; {args.N} epochs",
         f"device       {args.device}, {torch.get_num_threads()} threads, seed {args.seed}",
-        "versions     " + ", ".join(f"{name} {text[:12]}" for name, text in versions().items()),
+        "versions     " + ", ".join(f"{name} {text[:12]}" for name, text in now.items()),
         f"run folder   {args.out}"]
     if args.resume:
         lines.append(f"resumed      {args.resume} from env step {progress.step:,}")

@@ -6,7 +6,8 @@
 `MetaModel` has three verbs: `fit` it to D_env (Algorithm 2, line 3), `sample` one imagined step
 (line 8), and `validate` what it knows on rows it never trained on.
 
-Axis letters: E members (the paper's B, --B), B batch, T time (tokens, newest last), D token, H = z units.
+Axis letters: E members (the paper's B, --B), B batch, T time (tokens, newest last), D token,
+H = z units.
 What a token is, and which tokens a history holds: the history contract in rollouts.py.
 """
 

@@ -199,7 +199,7 @@ class EnvBuffer:
         return kept[self.holdout[kept % self.capacity] == holdout]
 
     def rows_or_all(self, holdout):
-        """The same, or all rows kept where there are none: of a handful, all may lie on one side."""
+        """The same, or all rows kept where there are none: a handful may all lie on one side."""
         rows = self.rows(holdout)
         return rows if len(rows) else self.kept()
 

@@ -86,6 +86,11 @@ def steps(run):
     return run.wanted["N"] * run.wanted["E"]
 
 
+def between(run):
+    """Env steps from one evaluation to the next."""
+    return run.wanted["eval_every"] * run.wanted["E"]
+
+
 def text(number):
     return f"{number:.2f}" if math.isfinite(number) else "-"
 
@@ -107,17 +112,17 @@ def reached(kept, half):
 
 def row(runs, kept, usual, half):
     """A method's row: its runs of the grid in one env, and what is kept of those that ended. usual:
-    the env steps of the first row's runs, and between their evaluations."""
+    a run of the first row, from which this one may differ in its length or evaluations."""
     def mean(column):
         return text(figures.known_mean(np.array(
             [run.progress.get(column, [math.nan])[-1] for run in kept])))
 
     method, returns = runs[0].method, [run.curve("eval_return_mean")[1] for run in kept]
-    less = f", after {steps(runs[0]):,} env steps" if steps(runs[0]) != usual[0] else ""
-    every = runs[0].wanted["eval_every"] * runs[0].wanted["E"]
-    seldom = f", evaluated every {every:,}" if every != usual[1] else ""
+    less = f", after {steps(runs[0]):,} env steps" if steps(runs[0]) != steps(usual) else ""
+    seldom = f", evaluated every {every:,}" if (every := between(runs[0])) != between(usual) else ""
     return "| " + " | ".join([
-        f"{method.label}: {method.shows}{less}{seldom}", f"`{method.flags}`" if method.flags else "-",
+        f"{method.label}: {method.shows}{less}{seldom}",
+        f"`{method.flags}`" if method.flags else "-",
         figures.with_interval([values[-1] for values in returns]) if kept else "-",
         figures.with_interval([values.mean() for values in returns]) if kept else "-",
         reached(kept, half), mean("eval_right_way"),
@@ -155,11 +160,11 @@ def best_return(by_method, kept):
 def table(runs, kept, env, zero):
     """Markdown of the runs in one env; kept: {run folder: figures.Run}; zero: of play_nothing.
     Half the way is that from the zero action's return to the best method's last one."""
-    by_method, usual, best = grouped(runs), runs[0], best_return(grouped(runs), kept)
-    half = (zero["eval_return_mean"] + best) / 2 if best > zero["eval_return_mean"] else math.nan
-    seen = steps(usual), usual.wanted["eval_every"] * usual.wanted["E"]
+    by_method, usual, low = grouped(runs), runs[0], zero["eval_return_mean"]
+    best = best_return(by_method, kept)
+    half = (low + best) / 2 if best > low else math.nan
     nothing = " | ".join([
-        "zero action", "-", f"{zero['eval_return_mean']:.1f}", "-", "-",
+        "zero action", "-", f"{low:.1f}", "-", "-",
         text(zero["eval_right_way"]), text(zero["eval_reward_after_switch"]) + " / "
         + text(zero["eval_reward_otherwise"]), "-", "-"])
     return "\n".join([
@@ -171,7 +176,7 @@ def table(runs, kept, env, zero):
         f"way | reward per step, first {early_steps(env)} after a switch / else | explained reward,"
         " held out | seeds |",
         "|---|---|---|---|---|---|---|---|---|",
-        *(row(twins, [kept[run.folder] for run in twins if run.folder in kept], seen, half)
+        *(row(twins, [kept[run.folder] for run in twins if run.folder in kept], usual, half)
           for twins in by_method.values()), f"| {nothing} |"]) + "\n"
 
 

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 def commands():
     """Those of docs/RESULTS.md that draw into images/ or print tables, each once."""
     text = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8").replace("\n", " ")
-    return list(dict.fromkeys(re.findall(r"`(python [\w.]+ [^`]*(?:--out images/\S+|--table))`", text)))
+    found = re.findall(r"`(python [\w.]+ [^`]*(?:--out images/\S+|--table))`", text)
+    return list(dict.fromkeys(found))
 
 
 def main():

@@ -309,7 +309,8 @@ def test_the_patches_of_the_search_apply(patch, tmp_path):
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    done = subprocess.run(["git", "apply", str(patch)], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(["git", "apply", str(patch)], cwd=tmp_path, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     assert any((ROOT / name).read_text() != (tmp_path / name).read_text() for name in files)
 

@@ -182,7 +182,9 @@ def test_a_step_held_out_is_never_scored_in_training_but_validates():
     rows = D_env.kept()[:20]
     D_env.holdout[:] = True
     assert model.meta_loss(D_env, rows, 3)[0] == 0
-    assert len(D_env.rows(holdout=True)) == 40 and "explained_reward" in model.validate(D_env)
+    held, before = D_env.rows(holdout=True), model.validate(D_env)["explained_reward"]
+    D_env.tokens[held[::2], -1] += 5.0  # what validates is what they hold
+    assert len(held) == 40 and model.validate(D_env)["explained_reward"] != before
 
 
 # --- MPPI -----------------------------------------------------------------------------------------

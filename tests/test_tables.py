@@ -95,7 +95,7 @@ def test_the_scale_over_envs_puts_the_better_method_higher_wherever_zero_lies(tm
             runs, kept = runs + more[0], kept | more[1]
     text = tables.overview(runs, kept, {"a": 0, "b": 1000, "c": -5, "d": 0})
     # b: its methods' lowest mean, 205, is 0 and the zero action 1. Each seed without the lowest and
-    # the highest of four envs: M3PO .9 and 1, then 1 and 1; SAC (200 - 205) / 795 and 0, .06 and .5.
+    # the highest of four envs: M3PO .9 and 1, then 1 and 1; SAC -5 / 795 and 0, 5 / 795 and .5.
     m3po = figures.with_interval([0.95, 1.0], 2)
     sac = figures.with_interval([(-5 / 795 + 0) / 2, (5 / 795 + 0.5) / 2], 2)
     assert f"| M3PO | {m3po} | 2 |" in text and f"| recurrent SAC | {sac} | 2 |" in text

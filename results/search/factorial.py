@@ -68,7 +68,7 @@ def main():
     if len(done) < 14 or np.linalg.matrix_rank(np.column_stack([np.ones(len(x)), x])) < 12:
         raise SystemExit("too few for eleven effects")
     if len(done) < 24:
-        print("Until all have ended a change's effect is mixed up with what others do to each other.")
+        print("Until all have ended a change's effect is mixed up with what others do together.")
     # The five evaluations from 6,000 to 10,000 steps.
     y = np.array([read_run(folder(run)).progress["eval_return_mean"][-5:] for run in done])
     last_five, end = effects(x, y.mean(1)), effects(x, y[:, -1])
