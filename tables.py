@@ -131,6 +131,21 @@ def row(runs, kept, usual, half):
         " ".join(str(run.flags["seed"]) for run in kept) or "-"]) + " |"
 
 
+def read_config(run):
+    return json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
+
+
+def versions(config):
+    """Of commit and packages: those a run began with, and those it met when it was resumed."""
+    return [config.get("versions", {}), *config.get("later", [])]
+
+
+def commits(configs):
+    """Those of runs, as text."""
+    return ", ".join(sorted({of_run["commit"][:7] for config in configs
+                             for of_run in versions(config) if of_run.get("commit")})) or "unknown"
+
+
 def final_returns(twins, kept):
     """{seed: last return} of a method's runs in one env that ended."""
     return {run.seed: kept[run.folder].curve("eval_return_mean")[1][-1]
@@ -219,18 +234,14 @@ def tables(runs, kept, made, line, left_out):
     if not kept:
         return "No run of this grid has ended yet.\n"
     kept = {run.folder: figures.read_run(run.result) for run in kept}
-    configs = [json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
-               for run in kept.values()]
-    versions = [(config["flags"]["device"], of_run) for config in configs
-                for of_run in [config.get("versions", {}), *config.get("later", [])]]
-    used = {f"device {device}, " + ", ".join(
+    configs = [read_config(run) for run in kept.values()]
+    used = {f"device {config['flags']['device']}, " + ", ".join(
         f"{name} {number[:12]}" for name, number in of_run.items() if name != "commit")
-            for device, of_run in versions}
-    commits = {of_run["commit"][:7] for _, of_run in versions if of_run.get("commit")}
+            for config in configs for of_run in versions(config)}
     machines = {config.get("cpu", "a CPU") for config in configs}
     head = (f"`{line}`: {' and '.join(sorted(machines))}, median "
             f"{np.median([run.seconds() for run in kept.values()]):.0f} s per run; "
-            f"{'; '.join(sorted(used))}; commits {', '.join(sorted(commits)) or 'unknown'}.")
+            f"{'; '.join(sorted(used))}; commits {commits(configs)}.")
     parts, zeros = [], {}
     for name, env in made.items():
         of_env = [run for run in runs if run.env == name]

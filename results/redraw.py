@@ -14,9 +14,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def commands():
-    """Those of docs/RESULTS.md that draw into images/ or print tables, each once."""
+    """Those of docs/RESULTS.md that draw into images/, print tables or compare, each once."""
     text = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8").replace("\n", " ")
-    found = re.findall(r"`(python [\w.]+ [^`]*(?:--out images/\S+|--table))`", text)
+    found = re.findall(r"`(python (?:[\w.]+ [^`]*(?:--out images/\S+|--table)|-m results\.[^`]+))`",
+                       text)
     return list(dict.fromkeys(found))
 
 

@@ -62,9 +62,11 @@ def test_one_command_redraws_every_picture_and_table_of_the_results():
     drawn = {command.split("--out ")[1] for command in found if "--out " in command}
     assert pictures - drawn == {"images/cheetah_strip.png"}  # which an agent plays
     assert {"python experiments.py --table"} < set(found)
+    assert sum("results.compare" in command for command in found) > 2
     for command in found:  # of finished runs alone
+        seeds = "/seed*" if "results.compare" in command else ""  # it names the folder of the seeds
         for pattern in re.findall(r"results/\S+", command):
-            given = subprocess.run(["bash", "-c", f"ls -d {pattern}"], cwd=ROOT, check=True,
+            given = subprocess.run(["bash", "-c", f"ls -d {pattern}{seeds}"], cwd=ROOT, check=True,
                                    capture_output=True, text=True).stdout.split()
             assert all((ROOT / folder / "progress.csv").exists() for folder in given)
 

@@ -1,6 +1,7 @@
 """tables.py: the methods of the experiments, and what is written of them."""
 
 import json
+import re
 from argparse import Namespace
 
 import numpy as np
@@ -12,6 +13,7 @@ import figures
 import m3po
 import tables
 from flags import differences
+from results import compare
 from tests.conftest import fake_run
 
 
@@ -100,6 +102,41 @@ def test_the_scale_over_envs_puts_the_better_method_higher_wherever_zero_lies(tm
     sac = figures.with_interval([(-5 / 795 + 0) / 2, (5 / 795 + 0.5) / 2], 2)
     assert f"| M3PO | {m3po} | 2 |" in text and f"| recurrent SAC | {sac} | 2 |" in text
     assert "In b no method" in text and "| method | interquartile mean | seeds |" in text
+
+
+def test_a_variant_stands_beside_its_control_with_welchs_interval(tmp_path, capsys):
+    low, high = (2.0, 4.0, 9.0), (11.0, 12.0, 10.0, 14.0)  # means of the last five of six
+    for name, means, flags in (("control", low, {}),
+                               ("more", high, {"G": 20, "token_changes": False})):
+        (tmp_path / name).mkdir()
+        for seed, mean in enumerate(means):
+            fake_run(tmp_path / name / f"seed{seed}", (99, *(mean + i for i in range(-2, 3))), seed,
+                     **flags)
+    fake_run(tmp_path / "more" / "seed10", (99, 99), 10, G=20)
+    compare.main([str(tmp_path / "control"), str(tmp_path / "more")])
+    control, more = capsys.readouterr().out.splitlines()[2:]
+    assert "| control | - | 0 1 2 | 2, 4, 9 | 5 [-4, 14] | - | - |" in control
+    assert "| more | `--G 20 --no-token-changes` | 0 1 2 3 (1 shorter) | 11, 12, 10, 14 |" in more
+    # By hand: s^2 / n of each, Welch and Satterthwaite's degrees of freedom, t from a table.
+    a, b = 13 / 3, (35 / 12) / 4
+    df = (a + b) ** 2 / (a**2 / 2 + b**2 / 3)
+    assert 2.6 < df < 2.7
+    half = 3.42 * (a + b) ** 0.5  # t of .975 at 2.66, between 4.30 at 2 and 3.18 at 3
+    shown = [int(number) for number in more.split("+7 [")[1].split("]")[0].split(", ")]
+    assert shown == pytest.approx([6.75 - half, 6.75 + half], abs=0.6)
+    # Until 3,000 steps there are three evaluations, 99, m - 2 and m - 1; one seed has no interval.
+    compare.main([str(tmp_path / "control"), str(tmp_path / "more"), "--until", "3000"])
+    assert "| 33, 35, 38 |" in capsys.readouterr().out
+
+
+def test_a_comparison_without_a_run_says_so_in_one_line(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short").mkdir()
+    fake_run(tmp_path / "short" / "seed0")
+    for folder, says in (("empty", "holds no seed"), ("short", "got to 9,000 env steps")):
+        with pytest.raises(SystemExit, match="2"):
+            compare.main([str(tmp_path / folder), "x", "--until", "9000"])
+        assert re.fullmatch(f".*results.compare: error: .*{says}\n", capsys.readouterr().err)
 
 
 def test_half_the_way_is_reached_at_the_first_evaluation_that_is_there(tmp_path):
