@@ -20,6 +20,17 @@ from flags import CHANGES_NO_LEARNING, OneLineParser, in_range
 from tables import commits, read_config, text
 
 
+def typed(name, value):
+    """A flag with its value on a command line. One that its control alone was given: without it."""
+    flag = "--" + name.replace("_", "-")
+    if value is None:
+        return f"(no {flag})"
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-")
+    values = value if isinstance(value, list) else [value]
+    return " ".join([flag, *(f"{x:g}" if isinstance(x, float) else str(x) for x in values)])
+
+
 class Variant:
     """The runs in a folder of seeds that got as far as `until` env steps, or all that did."""
 
@@ -45,31 +56,30 @@ class Variant:
         return known_mean(values[x <= until / 1_000][-5:])
 
     def flags_beside(self, control):
-        """Those that change what is learned, as they are typed."""
+        """Those that change what is learned, as they are typed; of another program none."""
         mine, other = self.runs[0].flags, control.runs[0].flags
-        words = ["--" + ("" if value is not False else "no-") + name.replace("_", "-")
-                 + ("" if isinstance(value, bool) else f" {value:g}" if np.isreal(value)
-                    else " " + " ".join(map(str, np.atleast_1d(value))))
-                 for name, value in mine.items()
-                 if name not in CHANGES_NO_LEARNING | {"method"} and name in other
-                 and value != other[name]]
-        return f"`{' '.join(words)}`" if words else "-"
+        if mine["method"] != other["method"]:
+            return "-"
+        differ = [typed(name, value) for name, value in mine.items()
+                  if name not in CHANGES_NO_LEARNING and value != other.get(name)]
+        return f"`{' '.join(differ)}`" if differ else "-"
 
 
 def row(variant, control):
     """Cells of one variant."""
-    difference = "-"
+    digits = 0 if abs(control.returns).max() > 200 else 1
+    show, difference = lambda number: f"{number:.{digits}f}", "-"
     if variant is not control:
-        difference = f"{variant.returns.mean() - control.returns.mean():+.0f}"
+        difference = f"{variant.returns.mean() - control.returns.mean():+.{digits}f}"
         if min(len(variant.returns), len(control.returns)) > 1:
             test = stats.ttest_ind(variant.returns, control.returns, equal_var=False)
             low, high = test.confidence_interval(0.95)
-            difference += f" [{low:.0f}, {high:.0f}]"
+            difference += f" [{show(low)}, {show(high)}]"
     seeds = " ".join(map(str, variant.seeds))
     shorter = f" ({variant.shorter} shorter)" if variant.shorter else ""
     return (variant.folder.name, variant.flags_beside(control), seeds + shorter,
-            ", ".join(f"{value:.0f}" for value in variant.returns),
-            with_interval(variant.returns, 0), difference, text(variant.right_way),
+            ", ".join(map(show, variant.returns)), with_interval(variant.returns, digits),
+            difference, text(variant.right_way),
             commits(map(read_config, variant.runs)))
 
 

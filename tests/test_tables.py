@@ -115,18 +115,28 @@ def test_a_variant_stands_beside_its_control_with_welchs_interval(tmp_path, caps
     fake_run(tmp_path / "more" / "seed10", (99, 99), 10, G=20)
     compare.main([str(tmp_path / "control"), str(tmp_path / "more")])
     control, more = capsys.readouterr().out.splitlines()[2:]
-    assert "| control | - | 0 1 2 | 2, 4, 9 | 5 [-4, 14] | - | - |" in control
-    assert "| more | `--G 20 --no-token-changes` | 0 1 2 3 (1 shorter) | 11, 12, 10, 14 |" in more
+    assert "| control | - | 0 1 2 | 2.0, 4.0, 9.0 | 5.0 [-4.0, 14.0] | - | - |" in control
+    assert "| more | `--G 20 --no-token-changes` | 0 1 2 3 (1 shorter) | 11.0, 12.0, 10.0, " in more
     # By hand: s^2 / n of each, Welch and Satterthwaite's degrees of freedom, t from a table.
     a, b = 13 / 3, (35 / 12) / 4
     df = (a + b) ** 2 / (a**2 / 2 + b**2 / 3)
     assert 2.6 < df < 2.7
     half = 3.42 * (a + b) ** 0.5  # t of .975 at 2.66, between 4.30 at 2 and 3.18 at 3
-    shown = [int(number) for number in more.split("+7 [")[1].split("]")[0].split(", ")]
+    shown = [float(number) for number in more.split("+6.8 [")[1].split("]")[0].split(", ")]
     assert shown == pytest.approx([6.75 - half, 6.75 + half], abs=0.6)
-    # Until 3,000 steps there are three evaluations, 99, m - 2 and m - 1; one seed has no interval.
+    # Until 3,000 steps there are three evaluations, 99, m - 2 and m - 1.
     compare.main([str(tmp_path / "control"), str(tmp_path / "more"), "--until", "3000"])
-    assert "| 33, 35, 38 |" in capsys.readouterr().out
+    assert "| 33.3, 34.7, 38.0 |" in capsys.readouterr().out
+
+
+def test_a_comparison_shows_flags_as_they_are_typed():
+    for typed, name, value in (
+            ("--hybrid 5 10", "hybrid", [5.0, 10.0]), ("--model mlp", "model", "mlp"),
+            ("--beta 0.25", "beta", 0.25), ("--oracle", "oracle", True),
+            ("--no-layer-norm", "layer_norm", False)):
+        assert compare.typed(name, value) == typed
+        assert getattr(m3po.parse_args(typed.split())[0], name) == value
+    assert compare.typed("alpha", None) == "(no --alpha)"
 
 
 def test_a_comparison_without_a_run_says_so_in_one_line(tmp_path, capsys):
