@@ -1,11 +1,12 @@
-"""Variants beside a control: the mean of the last five evaluations, and how sure the difference is.
+"""Variants beside a control: what they return, late and on the way, and how sure that is.
 
     python -m results.compare results/halfcheetah-fwd-bwd/{recurrent-sac,m3po}
     python -m results.compare CONTROL VARIANT ... --until 10000   # as if all had ended there
 
 A variant is a folder ENV/METHOD that holds its seeds. Prints a markdown row each: its flags as far
-as they differ from the control's, its returns by seed, their mean with Student's 95 % interval, and
-what is left when the control's mean is taken away, with Welch's, which lets variances differ. One
+as they differ from the control's; the mean of the last five evaluations by seed, and the mean of
+all, which says how soon a run learned; of both the mean over seeds with Student's 95 % interval,
+and what is left when the control's is taken away, with Welch's, which lets variances differ. One
 seed of either has no interval. Who evaluated fewer than five times is taken as it is; runs shorter
 than asked are counted and left out.
 """
@@ -45,15 +46,16 @@ class Variant:
         if not self.runs:
             raise FigureError(f"no run in {folder} got to {until:,.0f} env steps")
         self.seeds = [run.flags["seed"] for run in self.runs]
-        self.returns = np.array([self.last_five(run, "eval_return_mean", until)
-                                 for run in self.runs])
-        self.right_way = known_mean([self.last_five(run, "eval_right_way", until)
-                                     for run in self.runs])
+        self.until = until
+        self.last_five = self.means("eval_return_mean", 5)
+        self.all = self.means("eval_return_mean")
+        self.right_way = known_mean(self.means("eval_right_way", 5))
 
-    @staticmethod
-    def last_five(run, column, until):
-        x, values = run.curve(column)
-        return known_mean(values[x <= until / 1_000][-5:])
+    def means(self, column, newest=0):
+        """[seeds], of the newest evaluations; 0: of all."""
+        curves = [run.curve(column) for run in self.runs]
+        return np.array([known_mean(values[x <= self.until / 1_000][-newest:])
+                         for x, values in curves])
 
     def flags_beside(self, control):
         """Those that change what is learned, as they are typed; of another program none."""
@@ -65,22 +67,27 @@ class Variant:
         return f"`{' '.join(differ)}`" if differ else "-"
 
 
+def difference(values, control, digits):
+    """Of the means of values [n] and control [m], with its interval, as text."""
+    shown = f"{values.mean() - control.mean():+.{digits}f}"
+    if min(len(values), len(control)) > 1:
+        test = stats.ttest_ind(values, control, equal_var=False)
+        low, high = test.confidence_interval(0.95)
+        shown += f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return shown
+
+
 def row(variant, control):
     """Cells of one variant."""
-    digits = 0 if abs(control.returns).max() > 200 else 1
-    show, difference = lambda number: f"{number:.{digits}f}", "-"
-    if variant is not control:
-        difference = f"{variant.returns.mean() - control.returns.mean():+.{digits}f}"
-        if min(len(variant.returns), len(control.returns)) > 1:
-            test = stats.ttest_ind(variant.returns, control.returns, equal_var=False)
-            low, high = test.confidence_interval(0.95)
-            difference += f" [{show(low)}, {show(high)}]"
+    digits = 0 if abs(control.last_five).max() > 200 else 1
     seeds = " ".join(map(str, variant.seeds))
     shorter = f" ({variant.shorter} shorter)" if variant.shorter else ""
-    return (variant.folder.name, variant.flags_beside(control), seeds + shorter,
-            ", ".join(map(show, variant.returns)), with_interval(variant.returns, digits),
-            difference, text(variant.right_way),
-            commits(map(read_config, variant.runs)))
+    cells = [variant.folder.name, variant.flags_beside(control), seeds + shorter,
+             ", ".join(f"{value:.{digits}f}" for value in variant.last_five)]
+    for mine, other in ((variant.last_five, control.last_five), (variant.all, control.all)):
+        cells.append(with_interval(mine, digits))
+        cells.append("-" if variant is control else difference(mine, other, digits))
+    return *cells, text(variant.right_way), commits(map(read_config, variant.runs))
 
 
 def main(argv=None):
@@ -95,7 +102,7 @@ def main(argv=None):
     except FigureError as error:
         parser.error(str(error))
     print("| variant | flags | seeds | last five evaluations, by seed | mean | minus the control's "
-          "| right way | commits |\n|---|---|---|---|---|---|---|---|")
+          "| mean of all | minus the control's | right way | commits |\n" + "|---" * 10 + "|")
     for variant in (control, *variants):
         print("| " + " | ".join(row(variant, control)) + " |")
 

@@ -115,7 +115,8 @@ def test_a_variant_stands_beside_its_control_with_welchs_interval(tmp_path, caps
     fake_run(tmp_path / "more" / "seed10", (99, 99), 10, G=20)
     compare.main([str(tmp_path / "control"), str(tmp_path / "more")])
     control, more = capsys.readouterr().out.splitlines()[2:]
-    assert "| control | - | 0 1 2 | 2.0, 4.0, 9.0 | 5.0 [-4.0, 14.0] | - | - |" in control
+    assert "| control | - | 0 1 2 | 2.0, 4.0, 9.0 | 5.0 [-4.0, 14.0] | - | " in control
+    assert "| 20.7 [13.2, 28.1] | - | - | unknown |" in control  # of six evaluations, one of 99
     assert "| more | `--G 20 --no-token-changes` | 0 1 2 3 (1 shorter) | 11.0, 12.0, 10.0, " in more
     # By hand: s^2 / n of each, Welch and Satterthwaite's degrees of freedom, t from a table.
     a, b = 13 / 3, (35 / 12) / 4
