@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 def commands():
     """Those of docs/RESULTS.md that draw into images/, print tables or compare, each once."""
     text = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8").replace("\n", " ")
-    found = re.findall(r"`(python (?:[\w.]+ [^`]*(?:--out images/\S+|--table)|-m results\.[^`]+))`",
-                       text)
+    draws, compares = r"[\w.]+ [^`]*(?:--out images/\S+|--table)", r"-m results\.(?!redraw)[^`]+"
+    found = re.findall(f"`(python (?:{draws}|{compares}))`", text)
     return list(dict.fromkeys(found))
 
 

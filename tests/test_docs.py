@@ -63,6 +63,7 @@ def test_one_command_redraws_every_picture_and_table_of_the_results():
     assert pictures - drawn == {"images/cheetah_strip.png"}  # which an agent plays
     assert {"python experiments.py --table"} < set(found)
     assert sum("results.compare" in command for command in found) > 2
+    assert not any("redraw" in command for command in found)  # itself, without an end
     for command in found:  # of finished runs alone
         seeds = "/seed*" if "results.compare" in command else ""  # it names the folder of the seeds
         for pattern in re.findall(r"results/\S+", command):
