@@ -7,8 +7,9 @@ A variant is a folder ENV/METHOD that holds its seeds. Prints a markdown row eac
 as they differ from the control's; the mean of the last five evaluations by seed, and the mean of
 all, which says how soon a run learned; of both the mean over seeds with Student's 95 % interval,
 and what is left when the control's is taken away, with Welch's, which lets variances differ. One
-seed of either has no interval. Who evaluated fewer than five times is taken as it is; runs shorter
-than asked are counted and left out.
+seed of either has no interval. Who evaluated fewer than five times is taken as it is. All are
+compared after the same env steps, without --until as many as every variant has come to; shorter
+runs are counted and left out.
 """
 
 from pathlib import Path
@@ -32,16 +33,25 @@ def typed(name, value):
     return " ".join([flag, *(f"{x:g}" if isinstance(x, float) else str(x) for x in values)])
 
 
-class Variant:
-    """The runs in a folder of seeds that got as far as `until` env steps, or all that did."""
+def read_seeds(folder):
+    """The runs in a folder of seeds."""
+    runs = sorted(map(read_run, folder.glob("seed*")), key=lambda run: run.flags["seed"])
+    if not runs:
+        raise FigureError(f"{folder} holds no seed")
+    return runs
 
-    def __init__(self, folder, until):
+
+def length(run):
+    """Env steps."""
+    return run.progress["global_step"][-1]
+
+
+class Variant:
+    """Those of a folder's runs that got as far as `until` env steps."""
+
+    def __init__(self, folder, runs, until):
         self.folder = folder
-        runs = sorted(map(read_run, folder.glob("seed*")), key=lambda run: run.flags["seed"])
-        if not runs:
-            raise FigureError(f"{folder} holds no seed")
-        until = until or max(run.progress["global_step"][-1] for run in runs)
-        self.runs = [run for run in runs if run.progress["global_step"][-1] >= until]
+        self.runs = [run for run in runs if length(run) >= until]
         self.shorter = len(runs) - len(self.runs)
         if not self.runs:
             raise FigureError(f"no run in {folder} got to {until:,.0f} env steps")
@@ -97,10 +107,12 @@ def main(argv=None):
     parser.add_argument("--until", type=in_range(int, 1), metavar="STEPS", help="env steps")
     args = parser.parse_args(argv)
     try:
-        control, *variants = [Variant(folder, args.until)
-                              for folder in (args.control, *args.variants)]
+        found = {folder: read_seeds(folder) for folder in (args.control, *args.variants)}
+        until = args.until or min(max(map(length, runs)) for runs in found.values())
+        control, *variants = [Variant(folder, runs, until) for folder, runs in found.items()]
     except FigureError as error:
         parser.error(str(error))
+    print(f"After {until:,.0f} env steps:\n")
     print("| variant | flags | seeds | last five evaluations, by seed | mean | minus the control's "
           "| mean of all | minus the control's | right way | commits |\n" + "|---" * 10 + "|")
     for variant in (control, *variants):

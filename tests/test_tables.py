@@ -114,7 +114,8 @@ def test_a_variant_stands_beside_its_control_with_welchs_interval(tmp_path, caps
                      **flags)
     fake_run(tmp_path / "more" / "seed10", (99, 99), 10, G=20)
     compare.main([str(tmp_path / "control"), str(tmp_path / "more")])
-    control, more = capsys.readouterr().out.splitlines()[2:]
+    said, _, _, _, control, more = capsys.readouterr().out.splitlines()
+    assert said == "After 6,000 env steps:"
     assert "| control | - | 0 1 2 | 2.0, 4.0, 9.0 | 5.0 [-4.0, 14.0] | - | " in control
     assert "| 20.7 [13.2, 28.1] | - | - | unknown |" in control  # of six evaluations, one of 99
     assert "| more | `--G 20 --no-token-changes` | 0 1 2 3 (1 shorter) | 11.0, 12.0, 10.0, " in more
@@ -128,6 +129,12 @@ def test_a_variant_stands_beside_its_control_with_welchs_interval(tmp_path, caps
     # Until 3,000 steps there are three evaluations, 99, m - 2 and m - 1.
     compare.main([str(tmp_path / "control"), str(tmp_path / "more"), "--until", "3000"])
     assert "| 33.3, 34.7, 38.0 |" in capsys.readouterr().out
+    # So does a variant that has not come further, without being asked.
+    (tmp_path / "short").mkdir()
+    fake_run(tmp_path / "short" / "seed0", (1, 2, 3), 0)
+    compare.main([str(tmp_path / "control"), str(tmp_path / "short")])
+    said = capsys.readouterr().out
+    assert "After 3,000 env steps" in said and "| 33.3, 34.7, 38.0 |" in said
 
 
 def test_a_comparison_shows_flags_as_they_are_typed():
@@ -146,7 +153,7 @@ def test_a_comparison_without_a_run_says_so_in_one_line(tmp_path, capsys):
     fake_run(tmp_path / "short" / "seed0")
     for folder, says in (("empty", "holds no seed"), ("short", "got to 9,000 env steps")):
         with pytest.raises(SystemExit, match="2"):
-            compare.main([str(tmp_path / folder), "x", "--until", "9000"])
+            compare.main([str(tmp_path / folder), str(tmp_path / "short"), "--until", "9000"])
         assert re.fullmatch(f".*results.compare: error: .*{says}\n", capsys.readouterr().err)
 
 
