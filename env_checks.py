@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from gymnasium import ObservationWrapper
 from gymnasium.spaces import Box
+from gymnasium.wrappers import OrderEnforcing, TimeLimit
 
 
 class EnvError(ValueError):
@@ -40,8 +42,10 @@ def why_not(name, error, loaded):
     if module != missing and not module.startswith(f"{missing}."):
         raise error
     file = getattr(sys.modules.get(module), "__file__", None)
-    if ":" not in str(name) or file is None:
+    if ":" not in str(name):
         return reason
+    if file is None:
+        return f"{reason} Is {module}.py beside m3po.py, or its folder on PYTHONPATH?"
     ours = module in loaded and Path(file).parent == Path(__file__).parent
     return (f"{reason} The module {module} is {file}"
             + (", a file of M3PO: give yours another name" if ours else ""))
@@ -50,12 +54,14 @@ def why_not(name, error, loaded):
 def check_env(name, env, oracle):
     """Raises EnvError if M3PO cannot learn in this env, saying why.
 
-    Steps it once, outside any wrapper; callers reset before use. Returns how many numbers
-    info["task"] holds if `oracle` asks for it, else 0.
+    Steps it once, outside the wrappers that gym.make puts around it; callers reset before use.
+    Returns how many numbers info["task"] holds if `oracle` asks for it, else 0.
     """
     check_spaces(name, env.observation_space, env.action_space)
-    env, shape = env.unwrapped, env.observation_space.shape
-    parameters = inspect.signature(env.reset).parameters.values()
+    while isinstance(env, (TimeLimit, OrderEnforcing)):
+        env = env.env
+    shape, parameters = env.observation_space.shape, inspect.signature(
+        env.unwrapped.reset).parameters.values()
     if not any(p.name == "seed" or p.kind == p.VAR_KEYWORD for p in parameters):
         raise EnvError(f"{name}: old API: reset must take a seed and return (obs, info)")
     with own_code(name, "its first reset"):
@@ -91,7 +97,8 @@ def check_spaces(name, observation_space, action_space):
     for what, space in (("observation", observation_space), ("action", action_space)):
         if not isinstance(space, Box):
             kind = type(space).__name__
-            raise EnvError(f"{name}: {kind} {what} space; M3PO needs a Box of one axis")
+            cure = "; gymnasium.wrappers.FlattenObservation makes it one" if kind == "Dict" else ""
+            raise EnvError(f"{name}: {kind} {what} space; M3PO needs a Box of one axis{cure}")
         if len(space.shape) != 1:
             image = " (an image?)" if what == "observation" and len(space.shape) > 1 else ""
             raise EnvError(f"{name}: {what} shape {space.shape}{image}; M3PO needs one axis")
@@ -109,15 +116,22 @@ def check_spaces(name, observation_space, action_space):
 
 
 def check_rule(name, env, obs):
-    """The env's terminated_fn, if it has one, must answer [B, O] of both kinds with bools [B]."""
-    if not hasattr(env, "terminated_fn"):
+    """The env's terminated_fn, if it has one, must answer [B, O] of both kinds with bools [B]. It is
+    asked about what the agent sees, so no wrapper around it may change observations."""
+    if not env.has_wrapper_attr("terminated_fn"):
         return
+    outer = env
+    while not hasattr(outer, "terminated_fn"):
+        if isinstance(outer, ObservationWrapper):
+            raise EnvError(f"{name}: {type(outer).__name__} changes the observations after "
+                           "terminated_fn; give that wrapper a terminated_fn of its own")
+        outer = outer.env
     import torch  # here: the envs themselves need none
     batch = np.array([obs] * 3, np.float32)
     for kind, next_obs, bools in (("NumPy", batch, np.bool_),
                                   ("torch", torch.tensor(batch), torch.bool)):
         with own_code(name, f"terminated_fn, asked about a {kind} array {batch.shape}"):
-            dead = env.terminated_fn(next_obs)
+            dead = outer.terminated_fn(next_obs)
         if not isinstance(dead, type(next_obs)) or dead.shape != (3,) or dead.dtype != bools:
             raise EnvError(f"{name}: terminated_fn answered a {kind} array {batch.shape} with "
                            f"{said(dead)}; M3PO needs a {kind} array (3,) of bools")

@@ -534,7 +534,9 @@ class FaultGuard(gym.Wrapper):
         kinds = ("BADQPOS", "BADQVEL", "BADQACC") if isinstance(data, mujoco.MjData) else ()
         # Live views of MuJoCo's counters of self-resets.
         self.counters = [data.warning[getattr(mujoco.mjtWarning, f"mjWARN_{k}")] for k in kinds]
-        self.ends_unforeseen = not termination_known(env)
+        self.foreseen = terminated_fn(env)
+        self.no_rule = "its terminated_fn did not say so" if termination_known(env) else (
+            "it has no terminated_fn")
 
     def reset(self, *, seed=None, options=None):
         self.last_obs, info = self.env.reset(seed=seed, options=options)
@@ -552,9 +554,9 @@ class FaultGuard(gym.Wrapper):
         elif sum(counter.number for counter in self.counters) > self.self_resets:
             fault = "MuJoCo reset itself after instability"
         else:
-            if terminated and self.ends_unforeseen:
-                say_once(f"{self.spec.id if self.spec else self.env} terminated, but gives no "
-                         "terminated_fn: imagined branches will not end where episodes do")
+            if terminated and not self.foreseen(obs):
+                say_once(f"{self.spec.id if self.spec else self.env} terminated, but "
+                         f"{self.no_rule}: imagined branches will not end where episodes do")
             self.last_obs = obs
             return obs, reward, terminated, truncated, info
         info["fault"] = fault
@@ -576,6 +578,9 @@ class TaskObservation(gym.Wrapper):
 
     def __init__(self, env, task_dim, limit):
         super().__init__(env)
+        if termination_known(env):
+            rule, O = terminated_fn(env), env.observation_space.shape[0]
+            self.terminated_fn = lambda next_obs: rule(next_obs[..., :O])  # the task stands behind
         space, ends = env.observation_space, np.full(task_dim, limit, np.float32)
         self.observation_space = Box(
             np.concatenate((space.low, -ends)), np.concatenate((space.high, ends)), dtype=np.float32
@@ -689,7 +694,7 @@ def with_unit_actions(env):
 
 def termination_known(env):
     """Whether the env says for any next observation if the episode ends there."""
-    return hasattr(env.unwrapped, "terminated_fn")
+    return env.has_wrapper_attr("terminated_fn")
 
 
 def terminated_fn(env):
@@ -697,8 +702,4 @@ def terminated_fn(env):
 
     Takes torch tensors and NumPy arrays. Without a rule of the env's, no state is terminal.
     """
-    rule = getattr(env.unwrapped, "terminated_fn", never)
-    O = env.unwrapped.observation_space.shape[0]
-    if env.observation_space.shape == (O,):
-        return rule
-    return lambda next_obs: rule(next_obs[..., :O])  # an oracle's task stands behind
+    return env.get_wrapper_attr("terminated_fn") if termination_known(env) else never

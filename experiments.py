@@ -36,11 +36,11 @@ import checkpoint
 import faults
 import figures
 import flags
+import logs
 import m3po
 import play
 import slurm
-from logs import cpu_name
-from tables import METHODS, Method, tables
+from tables import METHODS, Method, read_config, tables, versions
 
 
 class Refused(ValueError):
@@ -174,6 +174,15 @@ def is_kept(run):
     return True
 
 
+def of_another_program(kept):
+    """A line, if some of these runs are not of the program as it is now: is_kept compares flags."""
+    now, program = logs.versions(), lambda version: (version.get("commit"), version.get("changes"))
+    n = sum(any(program(version) != program(now) for version in versions(read_config(run.result)))
+            for run in kept)
+    return [f"note: {n} of those done are of another commit or of changed code; --tag WORD trains "
+            "them with the code as it is"] if n else []
+
+
 def keep(run):
     """Copies of a finished run what tables and figures read, without this machine's paths.
 
@@ -186,7 +195,7 @@ def keep(run):
                 shutil.copyfile(run.folder / name, run.result / name)
     config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
     config["flags"] |= {"out": str(run), "resume": None}
-    config["cpu"] = cpu_name()
+    config["cpu"] = logs.cpu_name()
     text = json.dumps(config, indent=1) + "\n"
     checkpoint.write_atomically(run.result / "config.json", lambda f: f.write(text.encode()))
 
@@ -392,7 +401,8 @@ def main(argv=None):
     script = args.print or args.slurm  # on stdout
     left = time_left(todo, kept, 1 if script else args.jobs)
     print("\n".join([*left_out, f"{len(runs)} runs: {len(kept)} done, {len(missing) - len(todo)} "
-                     f"running elsewhere, {begun} begun, {len(todo) - begun} not; {left}"]),
+                     f"running elsewhere, {begun} begun, {len(todo) - begun} not; {left}",
+                     *of_another_program(kept)]),
           file=sys.stderr if script else sys.stdout, flush=True)
     if args.print:
         print("".join(shlex.join(command(run, args)) + "\n" for run in todo), end="")

@@ -271,6 +271,8 @@ def epoch_line(row, progress, warmup):
     parts = [f"epoch {row['epoch']:3d}", f"step {row['global_step']:7,d}"]
     if "eval_return_mean" in row:
         parts.append(f"return {row['eval_return_mean']:7.1f} +- {row['eval_return_std']:5.1f}")
+    elif math.isfinite(row["train_return_mean"]):
+        parts.append(f"training return {row['train_return_mean']:7.1f}")
     if progress.updated and "q_mean" in row:
         parts += [f"Q {row['q_mean']:6.1f}", f"alpha {row['alpha']:.3f}"]
     if progress.step <= warmup:

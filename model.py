@@ -52,7 +52,8 @@ class HistoryNet(nn.Module):
     def encode(self, tokens, mask, member=None):
         """z [E, B, H]: the GRU's state after the newest token; 0 where there is no token.
 
-        Per token x, from h = 0 (torch.nn.GRU's equations; the result is the last h):
+        Per token x, from h = 0 (torch.nn.GRU's equations and its h, which is no history: the last
+        h is z):
             reset     = sigmoid(W_r x + b_r + U_r h + c_r)     how much of h the candidate sees
             update    = sigmoid(W_u x + b_u + U_u h + c_u)     how much of h is kept
             candidate = tanh(W_c x + b_c + reset * (U_c h + c_c))

@@ -131,8 +131,8 @@ def row(runs, kept, usual, half):
         " ".join(str(run.flags["seed"]) for run in kept) or "-"]) + " |"
 
 
-def read_config(run):
-    return json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
+def read_config(folder):
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def versions(config):
@@ -234,7 +234,7 @@ def tables(runs, kept, made, line, left_out):
     if not kept:
         return "No run of this grid has ended yet.\n"
     kept = {run.folder: figures.read_run(run.result) for run in kept}
-    configs = [read_config(run) for run in kept.values()]
+    configs = [read_config(run.folder) for run in kept.values()]
     used = {f"device {config['flags']['device']}, " + ", ".join(
         f"{name} {number[:12]}" for name, number in of_run.items() if name != "commit")
             for config in configs for of_run in versions(config)}

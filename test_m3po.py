@@ -7,7 +7,7 @@
     5          take a real step with the policy; add it to D_env
     6-9        M times: draw a history from D_env, go on from it for k steps in the meta-model;
                add them to D_model
-    10-12      G times: update the policy on a batch of D_model
+    10-12      G times: update the policy on a batch of D_model (here half of it of D_env)
 
 Shipped code is held against an independent slow version, or against fakes whose numbers a reader
 can check in the head (tests/conftest.py). Every other test stands in tests/, one file per module.

@@ -97,7 +97,7 @@ def row(variant, control):
     for mine, other in ((variant.last_five, control.last_five), (variant.all, control.all)):
         cells.append(with_interval(mine, digits))
         cells.append("-" if variant is control else difference(mine, other, digits))
-    return *cells, text(variant.right_way), commits(map(read_config, variant.runs))
+    return *cells, text(variant.right_way), commits(read_config(run.folder) for run in variant.runs)
 
 
 def main(argv=None):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, Tuple
 from gymnasium.utils.env_checker import check_env
+from gymnasium.wrappers import FlattenObservation
 
 import envs
 from tests.conftest import parse, read_rows, run
@@ -152,18 +153,76 @@ def test_a_rule_that_gives_no_bool_per_row_is_refused_at_once(monkeypatch, rule,
     assert str(error.value).startswith("Own-v0: terminated_fn") and "\n" not in str(error.value)
 
 
-def test_an_end_that_no_rule_foresees_is_said_once(monkeypatch, capsys):
+@pytest.mark.parametrize("limit, says", [
+    (None, "it has no terminated_fn"), (9.0, "its terminated_fn did not say so"), (0.05, None)])
+def test_an_end_that_no_rule_foresees_is_said_once(monkeypatch, capsys, limit, says):
     envs.say_once.cache_clear()
-    for terminated_fn in (False, True):
-        if terminated_fn:
-            rule = staticmethod(lambda next_obs: next_obs[..., 0] > 9)
-            monkeypatch.setattr(Own, "terminated_fn", rule, raising=False)
-        env = make_own(monkeypatch)
-        for _ in range(2):
-            env.reset(seed=0)
-            assert env.step(np.zeros(2, np.float32))[2]
-        said = capsys.readouterr().out
-        assert said.count("Own-v0 terminated, but gives no terminated_fn") == 1 - terminated_fn
+    if limit:
+        rule = staticmethod(lambda next_obs: next_obs[..., 0] > limit)
+        monkeypatch.setattr(Own, "terminated_fn", rule, raising=False)
+    env = make_own(monkeypatch)
+    for _ in range(2):
+        env.reset(seed=0)
+        assert env.step(np.zeros(2, np.float32))[2]
+    said = capsys.readouterr().out
+    assert said.count("Own-v0 terminated, but") == (says is not None)
+    assert (says or "") in said
+
+
+class Double(gym.ObservationWrapper):
+    def observation(self, obs):
+        return 2 * obs
+
+
+class DoubleWithRule(Double):
+    @staticmethod
+    def terminated_fn(next_obs):
+        return next_obs[..., -1] > 0.15
+
+
+class OwnDict(Own):
+    """What it sees has names."""
+
+    def __init__(self):
+        super().__init__(Dict({"speed": Box(-9, 9, (2,)), "angle": Box(-9, 9)}),
+                         reset_info={"task": 5.0}, info={"task": 5.0})
+
+    def named(self, result):
+        return {"speed": result[0][:2], "angle": result[0][2:]}, *result[1:]
+
+    def reset(self, *, seed=None, options=None):
+        return self.named(super().reset(seed=seed))
+
+    def step(self, action):
+        return self.named(super().step(action))
+
+
+gym.register("Flat-v0", max_episode_steps=5, entry_point=lambda: FlattenObservation(OwnDict()))
+gym.register("Double-v0", max_episode_steps=5, entry_point=lambda: Double(Own()))
+gym.register("DoubleWithRule-v0", max_episode_steps=5, entry_point=lambda: DoubleWithRule(
+    FlattenObservation(OwnDict())))
+
+
+@pytest.mark.parametrize("name, factor, ends", [
+    ("Flat-v0", 1, False), ("Double-v0", 2, False), ("DoubleWithRule-v0", 2, True)])
+@pytest.mark.parametrize("oracle", (False, True))
+def test_an_env_may_come_in_wrappers_that_change_what_it_shows(name, factor, ends, oracle):
+    """The rule is that of the outermost wrapper that has one, about what the agent sees."""
+    if oracle and name == "Double-v0":
+        return  # it names no task
+    env = envs.make(name, oracle=oracle)
+    shown = np.float32([0.1 * factor] * 3 + [5] * oracle)
+    assert np.array_equal(env.reset(seed=0)[0], shown)
+    assert np.array_equal(env.step(np.zeros(2, np.float32))[0], shown)
+    assert env.observation_space.shape == shown.shape
+    assert envs.terminated_fn(env)(shown) == ends and envs.termination_known(env) == ends
+
+
+def test_a_wrapper_that_hides_from_the_rule_what_it_is_about_is_refused(monkeypatch):
+    monkeypatch.setattr(Own, "terminated_fn", lambda self, o: o[..., -1] > 0.05, raising=False)
+    with pytest.raises(envs.EnvError, match="^Double-v0: Double changes the observations after"):
+        envs.make("Double-v0")
+    assert envs.terminated_fn(envs.make("DoubleWithRule-v0")) == DoubleWithRule.terminated_fn
 
 
 @pytest.mark.parametrize("task", [2.0, np.array([1.0, -1.0]), [True]])

@@ -19,8 +19,8 @@ import pytest
 import envs
 import experiments
 import figures
+import logs
 import m3po
-from logs import Log
 from tests.conftest import TINY, assert_refused, assert_same_run, fake_run, read_rows, run
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +68,7 @@ def test_experiments_skip_what_is_finished_go_on_with_what_is_not_and_outlive_a_
     out, results = tmp_path / "out/point-fwd-bwd", tmp_path / "results/point-fwd-bwd"
     run(out / "m3po/seed0")
     with monkeypatch.context() as patch:  # stopped between the first epoch and the second
-        patch.setattr(Log, "finish_epoch", lambda log, *rest, first=Log.finish_epoch:
+        patch.setattr(logs.Log, "finish_epoch", lambda log, *rest, first=logs.Log.finish_epoch:
                       first(log, *rest) if log.progress.step == 40 else sys.exit("stopped"))
         with pytest.raises(SystemExit):
             run(out / "blind/seed0", "--L", 0)
@@ -131,7 +131,12 @@ def test_what_the_results_hold_is_finished_on_any_machine(tmp_path, monkeypatch,
     for name in ("start", "train"):
         monkeypatch.setattr(experiments, name, lambda *_: pytest.fail("it was finished"))
     assert experiments.main([*flags[:2], *flags[3:]]) == 0
-    assert "1 runs: 1 done" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 runs: 1 done" in said and "note: 1 of those done are of another commit" in said
+    config = json.loads((here / "seed0/config.json").read_text())
+    (here / "seed0/config.json").write_text(json.dumps(config | {"versions": logs.versions()}))
+    assert experiments.main([*flags[:2], *flags[3:]]) == 0
+    assert "note:" not in capsys.readouterr().out
     assert experiments.main([*flags, "--table"]) == 0
     said = capsys.readouterr().out
     assert "| 3.0 | 2.0 | 3.0 | - | - / - | - | 0 |" in said and "| `--k 5` | - | - " in said
@@ -290,7 +295,7 @@ def test_a_run_that_was_stopped_ends_the_single_command_with_the_signals_status(
     flags = ["--methods", "m3po", "--seeds", "0", "--out", str(tmp_path / "out"), "--results",
              str(tmp_path / "results"), "--", *TINY]
     with monkeypatch.context() as patch:
-        patch.setattr(Log, "finish_epoch", lambda log, *rest, first=Log.finish_epoch:
+        patch.setattr(logs.Log, "finish_epoch", lambda log, *rest, first=logs.Log.finish_epoch:
                       (first(log, *rest), os.kill(os.getpid(), signal.SIGTERM)))
         with pytest.raises(SystemExit) as stop:
             experiments.main(flags)

@@ -136,6 +136,14 @@ def test_where_there_is_no_terminal_there_is_no_bar_and_each_epoch_is_a_line(tmp
         assert word in out[:out.index("\nepoch")]
 
 
+def test_without_an_evaluation_the_return_of_the_training_episodes_is_shown(tmp_path, capsys):
+    run(tmp_path / "a", "--eval-episodes", 0, "--E", 100)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    rows = read_rows(tmp_path / "a")
+    for line, row in zip(lines, rows, strict=True):
+        assert f"training return {float(row['train_return_mean']):7.1f}" in line
+
+
 def test_a_model_that_is_not_fitted_explains_nothing_on_the_screen(tmp_path, capsys):
     run(tmp_path / "a", "--beta", 0)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
