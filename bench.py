@@ -193,7 +193,7 @@ def bench_fits(args, flags, model, fastest, D_env):
             f"eager, of {len(D_env):,} rows in D_env": lambda: fit(model, D_env),
             f"as in long runs, of {len(D_env):,} rows": lambda: fit(fastest, D_env),
             f"as in long runs, of {len(larger):,} rows": lambda: fit(fastest, larger)}
-    show(f"model fit, {len(model.min_logvar)} members, measuring included",
+    show(f"model fit, {model.members} members, measuring included",
          medians(jobs, max(3, args.repeats // 4), D_env.device), "gradient step", steps)
 
 

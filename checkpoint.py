@@ -28,7 +28,7 @@ import torch
 
 from envs import seeds
 
-VERSIONS = {"agent": 3, "run": 5}  # of what these files hold
+VERSIONS = {"agent": 4, "run": 6}  # of what these files hold
 FIELDS = {"agent": {"flags": dict, "step": int}, "run": {  # beside the nets and the datasets
     "flags": dict, "step": int, "progress": dict, "rng": torch.Tensor, "optimizers": list}}
 

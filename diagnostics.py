@@ -95,9 +95,9 @@ def q_and_soft_return(policy, episodes):
 def blind_model(model, D_env, most=5_000):
     """A model of as many members that sees no history, fitted to the same rows with as many
     gradient steps, up to `most`: what it explains too tells nothing of a hidden task."""
-    steps, (net, _) = min(most, model.steps_per_row * D_env.total), model.optimizer.param_groups
+    steps, (net,) = min(most, model.steps_per_row * D_env.total), model.optimizer.param_groups
     widths = [w.shape[1] for w in model.net.w[1:]]
-    blind = MetaModel(model.obs_dim, model.act_dim, len(model.min_logvar), widths, token_dim=0,
+    blind = MetaModel(model.obs_dim, model.act_dim, model.members, widths, token_dim=0,
                       layer_norm=model.net.layer_norm, beta_nll=model.beta_nll,
                       weight_decay=net["weight_decay"], lr=net["lr"], batch_size=model.batch_size,
                       steps_per_row=steps / D_env.total).to(D_env.device)

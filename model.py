@@ -163,10 +163,11 @@ class MetaModel(nn.Module):
         self.changes = changes and token_dim > 0
         self.net = HistoryNet(members, token_dim + O * self.changes, O + A, 2 * (O + 1), widths,
                               z_dim, layer_norm, newest)
-        self.max_logvar = nn.Parameter(torch.full((members, 1, O + 1), 0.5))  # PETS' soft bounds
-        self.min_logvar = nn.Parameter(torch.full((members, 1, O + 1), -10.0))
+        # Soft bounds, fixed: PETS learns them and pulls them together by a term of its own, which
+        # here won against the weighted likelihood, and the variances died (docs/DEVIATIONS.md 2).
+        self.min_logvar, self.max_logvar = -10.0, 0.5
         # What is sampled from: all members, or the best few of them.
-        self.elites = elites or members
+        self.members, self.elites = members, elites or members
         self.register_buffer("elite", torch.arange(self.elites))
         add_statistics(self, O, A)
         self.register_buffer("seen", torch.tensor(0))  # rows ever written when it was last fitted
@@ -177,9 +178,8 @@ class MetaModel(nn.Module):
         weight[0] = O if reward_weight is None else reward_weight
         self.register_buffer("weight", weight / weight.sum())
         self.batch_size, self.steps_per_row, self.max_rows = batch_size, steps_per_row, max_rows
-        decayed = {"params": self.net.parameters(), "weight_decay": weight_decay}
-        self.optimizer = torch.optim.Adam([decayed, {"params": [self.max_logvar, self.min_logvar]}],
-                                          lr=lr, fused=True)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=lr, weight_decay=weight_decay,
+                                          fused=True)
 
     def standardise(self, tokens, obs):
         """The window's tokens [L, B, D] as the net reads them; obs [B, O] is what follows them."""
@@ -198,15 +198,14 @@ class MetaModel(nn.Module):
 
     def chosen(self):
         """The members that are sampled from; None is all of them, at no copy of their weights."""
-        return None if self.elites == len(self.min_logvar) else self.elite
+        return None if self.elites == self.members else self.elite
 
     def predict(self, tokens, mask, x, member=None):
         """Mean and log-variance [E, B, O + 1] of the standardised (r, o' - o), from standardised
         tokens and x = (o, a), by all members or those selected."""
         mean, logvar = self.net(tokens, mask, x, member).chunk(2, -1)
-        low, high = self.net.pick(member, self.min_logvar, self.max_logvar)
-        logvar = high - F.softplus(high - logvar)
-        return mean, low + F.softplus(logvar - low)
+        logvar = self.max_logvar - F.softplus(self.max_logvar - logvar)
+        return mean, self.min_logvar + F.softplus(logvar - self.min_logvar)
 
     @torch.no_grad()
     def sample(self, tokens, mask, obs, actions):
@@ -238,13 +237,12 @@ class MetaModel(nn.Module):
         its own detached variance^beta, so that an output not explained yet still pulls."""
         mean, logvar = self.predict(tokens, mask, x)
         nll = gaussian_nll(mean, logvar, y) * torch.exp(self.beta_nll * logvar.detach())
-        bounds = 0.01 * (self.max_logvar - self.min_logvar).sum()
-        return (nll * self.weight).sum(-1).mean(1).sum() + bounds / len(self.weight)
+        return (nll * self.weight).sum(-1).mean(1).sum()
 
     def batch_loss(self, batch):
         """loss of a Batch of E * b transitions, b for each member in turn."""
         tokens, mask, x, y = self.standardised(batch)
-        by_member = lambda t, dim: t.unflatten(dim, (len(self.min_logvar), -1))
+        by_member = lambda t, dim: t.unflatten(dim, (self.members, -1))
         return self.loss(by_member(tokens, 1).transpose(0, 1),  # [E, L, b, D]
                          by_member(mask, 1).transpose(0, 1), by_member(x, 0), by_member(y, 0))
 
@@ -291,7 +289,7 @@ class MetaModel(nn.Module):
     def minibatches(self, D_env, steps):
         """So many minibatches of absolute rows [E, b] that are not held out, drawn uniformly from
         all that are kept."""
-        train, E = D_env.rows_or_all(holdout=False), len(self.min_logvar)
+        train, E = D_env.rows_or_all(holdout=False), self.members
         for _ in range(steps):
             yield train[torch.randint(len(train), (E, self.batch_size), device=train.device)]
 

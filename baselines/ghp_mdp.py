@@ -299,7 +299,7 @@ class Planner(nn.Module):
         if deterministic and new.all():
             self.own_draws.manual_seed(0)
         mu, sigma = self.model.infer(tokens, mask, obs, generator)
-        members = len(self.model.ensemble.min_logvar)
+        members = self.model.ensemble.members
         noise = normal((members, *mu.shape), generator, mu.device)
         mean = self.plan(mean, obs, mu + sigma * noise, generator)
         self.mean = torch.cat([mean[:, 1:], torch.zeros_like(mean[:, :1])], 1)  # a step later

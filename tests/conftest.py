@@ -135,8 +135,8 @@ def constant_heads(model, mean, logvar=-60.0):
     with torch.no_grad():
         for p in model.net.parameters():
             p.zero_()
-        model.min_logvar.fill_(logvar - 20)  # far from where the soft bounds bend
-        model.max_logvar.fill_(logvar + 20)
+        # far from where the soft bounds bend
+        model.min_logvar, model.max_logvar = logvar - 20, logvar + 20
         model.net.b[-1][..., : model.obs_dim + 1] = torch.tensor(mean)[:, None, None]
         model.net.b[-1][..., model.obs_dim + 1 :] = logvar
     return model

@@ -155,7 +155,7 @@ def test_theta_is_scored_on_the_window_and_the_row_and_on_nothing_held_out():
     assert 5 < len(held) < 55
     model.ensemble.loss = lambda tokens, mask, x, y: (
         seen.append(y[:, 0] * model.ensemble.target_std[0] + model.ensemble.target_mean[0]),
-        model.ensemble.min_logvar.sum())[1]
+        model.ensemble.net.b[0].sum())[1]
     picked, batch_of = [], D_env.batch
     D_env.batch = lambda rows: (picked.append(rows), batch_of(rows))[1]
     model.fit(D_env, steps=3, batch_size=16)
