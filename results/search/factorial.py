@@ -43,7 +43,7 @@ def commands():
 
 
 def folder(run):
-    return Path(__file__).parent / f"halfcheetah-fwd-bwd/m3po-f{run:02d}/seed{10 + run}"
+    return Path(__file__).parent / f"learned-bounds/m3po-f{run:02d}/seed{10 + run}"
 
 
 def effects(x, y):
