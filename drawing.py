@@ -172,6 +172,9 @@ class Stage:
         self.film = film
         self.model = model = copy.copy(film.unwrapped.model)
         self.data = mujoco.MjData(model)
+        floor = model.geom_type == mujoco.mjtGeom.mjGEOM_PLANE  # ends nowhere but in pictures
+        model.geom_size[floor, :2] *= 25
+        model.mat_texrepeat[model.geom_matid[floor & (model.geom_matid >= 0)]] *= 25
         model.mat_reflectance[:] = 0
         model.vis.headlight.ambient[:] = 0.4
         model.tex_data[:] = 165 + model.tex_data // 3  # a pale floor, for print and small GIFs
