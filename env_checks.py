@@ -60,8 +60,8 @@ def check_env(name, env, oracle):
     check_spaces(name, env.observation_space, env.action_space)
     while isinstance(env, (TimeLimit, OrderEnforcing)):
         env = env.env
-    shape, parameters = env.observation_space.shape, inspect.signature(
-        env.unwrapped.reset).parameters.values()
+    shape = env.observation_space.shape
+    parameters = inspect.signature(env.unwrapped.reset).parameters.values()
     if not any(p.name == "seed" or p.kind == p.VAR_KEYWORD for p in parameters):
         raise EnvError(f"{name}: old API: reset must take a seed and return (obs, info)")
     with own_code(name, "its first reset"):

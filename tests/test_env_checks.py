@@ -203,13 +203,11 @@ gym.register("DoubleWithRule-v0", max_episode_steps=5, entry_point=lambda: Doubl
     FlattenObservation(OwnDict())))
 
 
-@pytest.mark.parametrize("name, factor, ends", [
-    ("Flat-v0", 1, False), ("Double-v0", 2, False), ("DoubleWithRule-v0", 2, True)])
-@pytest.mark.parametrize("oracle", (False, True))
-def test_an_env_may_come_in_wrappers_that_change_what_it_shows(name, factor, ends, oracle):
+@pytest.mark.parametrize("name, oracle, factor, ends", [
+    ("Flat-v0", False, 1, False), ("Flat-v0", True, 1, False), ("Double-v0", False, 2, False),
+    ("DoubleWithRule-v0", False, 2, True), ("DoubleWithRule-v0", True, 2, True)])
+def test_an_env_may_come_in_wrappers_that_change_what_it_shows(name, oracle, factor, ends):
     """The rule is that of the outermost wrapper that has one, about what the agent sees."""
-    if oracle and name == "Double-v0":
-        return  # it names no task
     env = envs.make(name, oracle=oracle)
     shown = np.float32([0.1 * factor] * 3 + [5] * oracle)
     assert np.array_equal(env.reset(seed=0)[0], shown)
