@@ -100,7 +100,8 @@ def blind_model(model, D_env, most=5_000):
     blind = MetaModel(model.obs_dim, model.act_dim, model.members, widths, token_dim=0,
                       layer_norm=model.net.layer_norm, beta_nll=model.beta_nll,
                       weight_decay=net["weight_decay"], lr=net["lr"], batch_size=model.batch_size,
-                      steps_per_row=steps / D_env.total).to(D_env.device)
+                      steps_per_row=steps / D_env.total,
+                      angles=model.angles.tolist()).to(D_env.device)
     blind.weight.copy_(model.weight)
     blind.fit(D_env)
     return blind
@@ -157,7 +158,8 @@ def policy_divergence(policy, D_env, widths, seed, steps=500, batch_size=256):
         torch.manual_seed(seed)
         clone = MetaPolicy(policy.obs_dim, policy.act_dim, policy.token_dim, widths,
                            policy.actor.z_dim or 5, lr=1e-3, newest=policy.actor.newest,
-                           changes=policy.changes).to(D_env.device)
+                           changes=policy.changes, angles=policy.angles.tolist()
+                           ).to(D_env.device)
         clone.use_statistics(dict(policy.named_buffers()))
         for _ in range(steps):
             loss = -clone.log_prob(D_env.sample(batch_size)).mean()

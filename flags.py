@@ -27,7 +27,7 @@ DEFAULTS = dict(
     # Table 2
     N=200, E=1_000, M=1_000, G=40, B=3, k=1, L=10, width=400, z_dim=5,
     # both
-    newest_token=True, token_changes=True,
+    angles=[], newest_token=True, token_changes=True,
     # meta-model
     fit_every=250, model_lr=1e-3, model_decay=1e-3, model_batch=256, model_updates=1.0,
     beta_nll=0.5, reward_weight=None, model_layer_norm=True, retain=100,
@@ -45,7 +45,8 @@ BY_ENV = {
     "point-fwd-bwd": dict(N=15, E=200, M=200, G=4, L=3, width=64, warmup=200, fit_every=100,
                           model_decay=0.0, lr=5e-4, gamma=0.9, target_entropy=-2.0,
                           layer_norm=False),
-    "halfcheetah-pier": dict(M=500),
+    "halfcheetah-fwd-bwd": dict(angles=[1]),  # the pitch: it falls on its back
+    "halfcheetah-pier": dict(M=500, angles=[1]),
     "walker2d-randomparams": dict(M=500),
     "humanoid-direc": dict(M=500, G=20),
 }
@@ -56,7 +57,7 @@ SHORT = {"point-fwd-bwd": "toy", "halfcheetah-pier": "pier", "walker2d-randompar
          "humanoid-direc": "humanoid"}  # in --help
 
 # What every method has; the rest is M3PO's.
-EVERY = """env oracle switch_every seed N E L width env_capacity warmup gamma device threads
+EVERY = """env oracle switch_every seed N E L width angles env_capacity warmup gamma device threads
 eval_episodes eval_every checkpoint_every track out resume""".split()
 
 MAY_CHANGE = {"N", "out", "device", "threads", "compile", "track", "resume"}  # in a resume
@@ -98,7 +99,7 @@ def completed(flags):
     off, which is false, none, or a factor of 1."""
     off = {name: False if isinstance(value, bool) else None
            for name, value in defaults(flags["env"], flags.get("method", "m3po")).items()}
-    return off | {"method": "m3po", "reward_scale": 1.0} | flags
+    return off | {"method": "m3po", "reward_scale": 1.0, "angles": []} | flags
 
 
 def differences(flags):
@@ -212,6 +213,9 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
     add("--z-dim", type=count, metavar="UNITS", help="of z")
 
     add = group("all nets (not in the paper)")
+    add("--angles", nargs="*", type=natural, metavar="DIM",
+        help="observations that are angles without bounds, in radians, counted from 0: nets read"
+        " their sine and cosine", shows="none; half-cheetahs 1, the pitch")
     add("--newest-token", action=argparse.BooleanOptionalAction,
         help="the MLP sees the newest token itself, beside z")
     add("--token-changes", action=argparse.BooleanOptionalAction,
@@ -295,7 +299,7 @@ def parse(argv=None, method="m3po"):
     state, saved, folder = None, {}, given.get("resume")
     if folder is not None:
         state = checkpoint_to_resume(parser, folder, given, method)
-        saved = state["flags"] | {"out": folder}
+        saved = completed(state["flags"] | {"method": method}) | {"out": folder}
     short = {env_id: name for name, env_id in envs.ENVS.items()}  # M3PO/AntFwdBwd-v0
     env = (given | saved).get("env", DEFAULTS["env"])
     flags = argparse.Namespace(**defaults(short.get(env, env), method) | saved | given)

@@ -124,7 +124,8 @@ def build(args, env, device):
     widths = (args.width,) * 2
     policy = MetaPolicy(O, A, token_dim, widths, args.z_dim, args.gamma, args.tau, args.lr,
                         args.alpha, args.target_entropy, args.layer_norm,
-                        args.newest_token, args.token_changes, args.reward_scale).to(device)
+                        args.newest_token, args.token_changes, args.reward_scale,
+                        args.angles).to(device)
     shape = dict(members=args.B, widths=widths, z_dim=args.z_dim, token_dim=token_dim,
                  layer_norm=args.model_layer_norm, newest=args.newest_token,
                  changes=args.token_changes)
@@ -132,7 +133,8 @@ def build(args, env, device):
         shape = dict(members=7, elites=5, widths=(200,) * 4, token_dim=0)
     model = MetaModel(O, A, **shape, lr=args.model_lr, weight_decay=args.model_decay,
                       batch_size=args.model_batch, beta_nll=args.beta_nll,
-                      reward_weight=args.reward_weight, steps_per_row=args.model_updates).to(device)
+                      reward_weight=args.reward_weight, steps_per_row=args.model_updates,
+                      angles=args.angles).to(device)
     return policy, model
 
 
@@ -219,16 +221,20 @@ def parse_args(argv=None, method="m3po"):
     """(args, env, state): the flags, the env they name, the checkpoint to resume or None. Whatever
     is wrong is said in one line, before anything is created."""
     args, state = flags.parse(argv, method)
+    parser = flags.build_parser(method)
     try:
-        return args, make_env(args), state
+        env = make_env(args)
     except envs.EnvError as error:
-        flags.build_parser(method).refuse("env", error)
+        parser.refuse("env", error)
+    if (dims := env.observation_space.shape[0]) <= max(args.angles, default=0):
+        parser.refuse("angles", f"{max(args.angles)} is no dim of {dims} observations, 0 to {dims - 1}")
+    return args, env, state
 
 
 def open_agent(folder, method="m3po"):
     """What agent.pt of a run folder, or a file such as RUN/best.pt, holds; its env and flags."""
     agent = checkpoint.read(checkpoint.agent_file(folder), "agent", method)
-    args = Namespace(**flags.defaults(agent["flags"]["env"], method) | agent["flags"])
+    args = Namespace(**flags.completed(agent["flags"] | {"method": method}))
     return agent, make_env(args), args
 
 

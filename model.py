@@ -104,14 +104,28 @@ def gaussian_nll(mean, logvar, target):
     return 0.5 * (math.log(2 * math.pi) + logvar + (target - mean) ** 2 * torch.exp(-logvar))
 
 
+def scale(x, mean, std, angles):
+    """Inputs x [..., n] as the nets read them: standardised by the first n of mean and std and
+    clipped at 10. Of the dims in `angles` [k], radians without bounds, they read sine and cosine
+    instead, the cosines in front, scaled as if every angle were as frequent: their own mean and
+    std jump when a robot first falls over, under nets that have learned with the old ones."""
+    n = x.shape[-1]
+    scaled = (x - mean[:n]).div_(std[:n]).clamp_(-10, 10)
+    if not len(angles):
+        return scaled
+    turned = x.index_select(-1, angles)
+    scaled = scaled.index_copy(-1, angles, 2**0.5 * torch.sin(turned))
+    return torch.cat([2**0.5 * torch.cos(turned), scaled], -1)
+
+
 def scale_tokens(tokens, obs, statistics, changes):
-    """A window's tokens [L, B, D] as the nets read them, standardised and clipped at 10; obs [B, O]
-    is what follows them. statistics: a module that holds D_env.statistics().
+    """A window's tokens [L, B, D] as the nets read them (`scale`); obs [B, O] is what follows them.
+    statistics: a module that holds D_env.statistics().
 
     changes: each token also holds what it brought about, o_{i+1} - o_i. h holds that anyway, but
     in two tokens, of which a GRU would have to remember one to see it.
     """
-    scaled = (tokens - statistics.token_mean).div_(statistics.token_std).clamp_(-10, 10)
+    scaled = scale(tokens, statistics.token_mean, statistics.token_std, statistics.angles)
     if not changes:
         return scaled
     O = obs.shape[-1]
@@ -121,8 +135,10 @@ def scale_tokens(tokens, obs, statistics, changes):
     return torch.cat([change, scaled], -1)  # in front: token_dim may hide the reward at the end
 
 
-def add_statistics(module, obs_dim, act_dim):
-    """Buffers for D_env.statistics(): of a token (o, a, r) and of (r, o' - o)."""
+def add_statistics(module, obs_dim, act_dim, angles=()):
+    """Buffers for D_env.statistics(): of a token (o, a, r) and of (r, o' - o). angles: see scale.
+    """
+    module.register_buffer("angles", torch.tensor(angles, dtype=torch.long), persistent=False)
     for name, n in (("token", obs_dim + act_dim + 1), ("target", obs_dim + 1)):
         module.register_buffer(f"{name}_mean", torch.zeros(n))
         module.register_buffer(f"{name}_std", torch.ones(n))
@@ -154,22 +170,25 @@ class MetaModel(nn.Module):
     def __init__(self, obs_dim, act_dim, members=3, widths=(400, 400), z_dim=5, token_dim=None,
                  layer_norm=False, newest=False, changes=False, elites=None, lr=1e-3,
                  weight_decay=0.0, batch_size=256, beta_nll=0.5, reward_weight=None,
-                 steps_per_row=1.0, max_rows=5_000):
-        """changes: see scale_tokens. max_rows: as many rows at most are looked at to measure."""
+                 steps_per_row=1.0, max_rows=5_000, angles=()):
+        """changes: see scale_tokens; angles: see scale. max_rows: as many rows at most are looked
+        at to measure."""
         super().__init__()
         O, A = obs_dim, act_dim
         self.obs_dim, self.act_dim = O, A
         token_dim = O + A + 1 if token_dim is None else token_dim
         self.changes = changes and token_dim > 0
-        self.net = HistoryNet(members, token_dim + O * self.changes, O + A, 2 * (O + 1), widths,
-                              z_dim, layer_norm, newest)
+        if token_dim:
+            token_dim += O * self.changes + len(angles)
+        self.net = HistoryNet(members, token_dim, O + A + len(angles), 2 * (O + 1), widths, z_dim,
+                              layer_norm, newest)
         # Soft bounds, fixed: PETS learns them and pulls them together by a term of its own, which
         # here won against the weighted likelihood, and the variances died (docs/DEVIATIONS.md 2).
         self.min_logvar, self.max_logvar = -10.0, 0.5
         # What is sampled from: all members, or the best few of them.
         self.members, self.elites = members, elites or members
         self.register_buffer("elite", torch.arange(self.elites))
-        add_statistics(self, O, A)
+        add_statistics(self, O, A, angles)
         self.register_buffer("seen", torch.tensor(0))  # rows ever written when it was last fitted
         # beta-NLL 0.5 and a reward that weighs as much as all O observations (docs/DEVIATIONS.md);
         # beta 0 and weight 1 are the paper's literal likelihood, which finds the task late.
@@ -188,7 +207,7 @@ class MetaModel(nn.Module):
     def standardise_step(self, obs, actions):
         """x = (o, a) [B, O + A], scaled as in the tokens."""
         x = torch.cat([obs, actions], -1)
-        return (x - self.token_mean[:-1]).div_(self.token_std[:-1]).clamp_(-10, 10)
+        return scale(x, self.token_mean, self.token_std, self.angles)
 
     def predict_mean(self, tokens, mask, obs, actions):
         """What all sampled-from members predict for raw inputs: mean, log-variance [E, B, O + 1] of

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import HistoryNet, add_statistics, scale_tokens, use_statistics
+from model import HistoryNet, add_statistics, scale, scale_tokens, use_statistics
 
 LOG_STD_MIN, LOG_STD_MAX = -10, 2
 LOGGED = ("q_loss", "actor_loss", "q_mean", "td_error", "entropy")  # what one update returns
@@ -35,21 +35,24 @@ class MetaPolicy(nn.Module):
 
     def __init__(self, obs_dim, act_dim, token_dim=None, widths=(400, 400), z_dim=5, gamma=0.99,
                  tau=0.005, lr=3e-4, alpha=None, target_entropy=None, layer_norm=False,
-                 newest=False, changes=False, reward_scale=1.0):
+                 newest=False, changes=False, reward_scale=1.0, angles=()):
         """alpha: a fixed temperature (1.0 is the paper's objective); None tunes it, from 0.1.
         layer_norm: in Q, which without it runs away upwards (docs/DEVIATIONS.md). newest: see
-        HistoryNet; changes: see scale_tokens. reward_scale: Q is of rewards times it."""
+        HistoryNet; changes: see scale_tokens; angles: see scale. reward_scale: Q is of rewards
+        times it."""
         super().__init__()
         O, A = obs_dim, act_dim
         token_dim = O + A + 1 if token_dim is None else token_dim
         self.obs_dim, self.act_dim, self.gamma, self.tau = O, A, gamma, tau
         self.reward_scale = reward_scale
         self.token_dim, self.changes = token_dim, changes and token_dim > 0
-        token_dim += O * self.changes
+        if token_dim:
+            token_dim += O * self.changes + len(angles)
+        O += len(angles)  # of what the nets read
         self.actor = HistoryNet(1, token_dim, O, 2 * A, widths, z_dim, newest=newest)
         self.qf = HistoryNet(2, token_dim, O + A, 1, widths, z_dim, layer_norm, newest)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
-        add_statistics(self, O, A)
+        add_statistics(self, obs_dim, A, angles)
         self.target_entropy = -A / 2 if target_entropy is None else target_entropy  # MBPO
         self.tune_alpha = alpha is None
         self.log_alpha = nn.Parameter(torch.tensor(math.log(0.1 if alpha is None else alpha)))
@@ -72,9 +75,8 @@ class MetaPolicy(nn.Module):
         return (q() - before).square().mean().sqrt().item()
 
     def standardise(self, tokens, obs):
-        O = self.obs_dim
         return (scale_tokens(tokens, obs, self, self.changes),
-                (obs - self.token_mean[:O]).div_(self.token_std[:O]).clamp_(-10, 10))
+                scale(obs, self.token_mean, self.token_std, self.angles))
 
     # ---- the nets, all fed raw tokens [L, B, D], mask [L, B], obs [B, O] ------------------------
 

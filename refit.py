@@ -83,8 +83,7 @@ def main(argv=None):
     options = p.parse_args(argv[:cut])
     state = recorded(options.run)
     given = vars(flags.build_parser().parse_args(argv[cut + 1:]))
-    known = flags.defaults(state["flags"]["env"])  # of flags that are newer than the run
-    args = Namespace(**known | state["flags"] | given | {"device": "cpu"})
+    args = Namespace(**flags.completed(state["flags"]) | given | {"device": "cpu"})
     speed.set_threads(args)
     torch.manual_seed(options.seed)
     found = refit(state["D_env"], args, m3po.make_env(args), options.passes, options.rows)

@@ -116,7 +116,7 @@ def build(args, env, device):
     O, A = env.observation_space.shape[0], env.action_space.shape[0]
     model = LatentModel(O, A, args.B, (args.width,) * 2, args.z_dim, args.J, args.infer_rate,
                         lr=args.model_lr, weight_decay=args.model_decay, beta_nll=args.beta_nll,
-                        reward_weight=args.reward_weight)
+                        reward_weight=args.reward_weight, angles=args.angles)
     return Planner(model, envs.terminated_fn(env), args.horizon, args.candidates,
                    args.elites).to(device)
 

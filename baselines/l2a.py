@@ -40,7 +40,7 @@ import speed
 from checkpoint import Progress
 from flags import count, fraction, in_range, natural, positive
 from logs import Log, clock
-from model import add_statistics, explained, use_statistics
+from model import add_statistics, explained, scale, use_statistics
 from rollouts import EnvBuffer, take
 
 LOGGED = ("meta_loss", "unadapted_loss")  # of a fit: of the K steps, at theta' and at theta
@@ -75,17 +75,17 @@ class AdaptiveModel(nn.Module):
     to a window, `predict` with the weights that gives, `fit` theta so that adapting helps."""
 
     def __init__(self, obs_dim, act_dim, widths=(128,) * 3, inner_rate=0.3, lr=1e-3,
-                 reward_weight=None):
-        """reward_weight: beside 1 per observation. None: as much as all observations, without which
+                 reward_weight=None, angles=()):
+        """angles: see model.scale. reward_weight: beside 1 per observation. None: as much as all observations, without which
         the inner step follows them and does not find the task."""
         super().__init__()
         O, A = obs_dim, act_dim
         self.obs_dim, self.act_dim, self.inner_rate = O, A, inner_rate
-        sizes = [O + A, *widths, O + 1]
+        sizes = [O + A + len(angles), *widths, O + 1]
         uniform = lambda *shape, fan: nn.Parameter(torch.empty(shape).uniform_(-1, 1) / fan**0.5)
         self.theta = nn.ParameterList(  # w, b, w, b, ...
             uniform(1, rows, o, fan=i) for i, o in zip(sizes, sizes[1:]) for rows in (i, 1))
-        add_statistics(self, O, A)
+        add_statistics(self, O, A, angles)
         weight = torch.ones(O + 1)
         weight[0] = O if reward_weight is None else reward_weight
         self.register_buffer("weight", weight / weight.sum())
@@ -103,14 +103,14 @@ class AdaptiveModel(nn.Module):
     def predict(self, weights, obs, actions):
         """r [n, T] and o' [n, T, O] in their own units, of obs [n, T, O], actions [n, T, A]."""
         x = torch.cat([obs, actions], -1)
-        x = ((x - self.token_mean[:-1]) / self.token_std[:-1]).clamp(-10, 10)
+        x = scale(x, self.token_mean, self.token_std, self.angles)
         y = self(weights, x) * self.target_std + self.target_mean
         return y[..., 0], obs + y[..., 1:]
 
     def pairs(self, tokens, next_obs):
         """Inputs [n, T, O + A] and targets [n, T, O + 1], standardised, of tokens [T, n, D]."""
         y = torch.cat([tokens[..., -1:], next_obs - tokens[..., :self.obs_dim]], -1)
-        x = ((tokens - self.token_mean) / self.token_std)[..., :-1].clamp(-10, 10)
+        x = scale(tokens[..., :-1], self.token_mean, self.token_std, self.angles)
         return x.transpose(0, 1), ((y - self.target_mean) / self.target_std).transpose(0, 1)
 
     def loss(self, weights, tokens, next_obs, mask):
@@ -306,7 +306,7 @@ def build(args, env, device):
     """The agent, untrained."""
     O, A = env.observation_space.shape[0], env.action_space.shape[0]
     model = AdaptiveModel(O, A, (args.width,) * 3, args.inner_rate, args.model_lr,
-                          args.reward_weight)
+                          args.reward_weight, args.angles)
     return Mppi(model, envs.terminated_fn(env), args.H, args.candidates, args.sigma,
                 args.smoothing, args.kappa).to(device)
 

@@ -44,7 +44,7 @@ from checkpoint import Progress
 from flags import fraction, in_range
 from logs import Log, clock
 from m3po import act, make_players, open_agent, parse_args, real_step
-from model import HistoryNet
+from model import HistoryNet, scale
 from policy import LOGGED, MetaPolicy
 from rollouts import Batch, EnvBuffer
 
@@ -127,14 +127,16 @@ class Pearl(nn.Module):
     [L, B, D], mask [L, B], obs [B, O]."""
 
     def __init__(self, obs_dim, act_dim, widths=(400, 400), z_dim=5, lr=3e-4, kl_weight=0.1,
-                 keep=0.5, **sac):
+                 keep=0.5, angles=(), **sac):
         super().__init__()
         O, A = obs_dim, act_dim
         self.obs_dim, self.act_dim, self.z_dim = O, A, z_dim
         self.kl_weight, self.keep = kl_weight, keep
         half = (max(widths[0] // 2, 1),) * 3  # lineage: 3 x 200 beside nets of width 300
-        self.encoder = HistoryNet(1, 0, O + A + 1 + O, 2 * z_dim, half)  # blind: an MLP
-        self.sac = MetaPolicy(O + z_dim, A, token_dim=0, widths=widths, lr=lr, **sac)
+        both = [*angles, *(O + A + 1 + angle for angle in angles)]  # in o and in o'
+        self.register_buffer("angles", torch.tensor(both, dtype=torch.long), persistent=False)
+        self.encoder = HistoryNet(1, 0, O + A + 1 + O + len(both), 2 * z_dim, half)  # an MLP
+        self.sac = MetaPolicy(O + z_dim, A, token_dim=0, widths=widths, lr=lr, angles=angles, **sac)
         self.encoder_optimizer = torch.optim.Adam(self.encoder.parameters(), lr=lr, fused=True)
         self.register_buffer("mean", torch.zeros(O + A + 1 + O))  # of a transition
         self.register_buffer("std", torch.ones(O + A + 1 + O))
@@ -152,7 +154,7 @@ class Pearl(nn.Module):
     def infer(self, tokens, mask, obs):
         """q(z | c): mean and variance [B, Z]."""
         L, B = mask.shape
-        x = ((transitions(tokens, obs) - self.mean) / self.std).clamp(-10, 10)
+        x = scale(transitions(tokens, obs), self.mean, self.std, self.angles)
         x = torch.where(mask[..., None], x, 0.0)
         none = tokens[:0], mask[:0]  # the history of a blind net
         mean, spread = self.encoder(*none, x.flatten(0, 1))[0].unflatten(0, (L, B)).chunk(2, -1)
@@ -212,7 +214,7 @@ def build(args, env, device):
     """The agent, untrained."""
     O, A = env.observation_space.shape[0], env.action_space.shape[0]
     return Pearl(O, A, (args.width,) * 2, args.z_dim, args.lr, args.kl_weight, args.keep,
-                 gamma=args.gamma, tau=args.tau, alpha=args.alpha,
+                 args.angles, gamma=args.gamma, tau=args.tau, alpha=args.alpha,
                  target_entropy=args.target_entropy, layer_norm=args.layer_norm,
                  reward_scale=args.reward_scale).to(device)
 

@@ -22,6 +22,8 @@ def tiny_model(O=2, A=1, **kwargs):
     """In float64, with statistics that are not 0 and 1."""
     model = AdaptiveModel(O, A, widths=(5, 4), **kwargs).double()
     for name, buffer in model.named_buffers():
+        if not buffer.is_floating_point():
+            continue  # angles
         buffer.normal_() if "mean" in name else buffer.uniform_(0.5, 2.0)
     return model
 
