@@ -226,8 +226,9 @@ def parse_args(argv=None, method="m3po"):
         env = make_env(args)
     except envs.EnvError as error:
         parser.refuse("env", error)
-    if (dims := env.observation_space.shape[0]) <= max(args.angles, default=0):
-        parser.refuse("angles", f"{max(args.angles)} is no dim of {dims} observations, 0 to {dims - 1}")
+    last = env.observation_space.shape[0] - 1
+    if max(args.angles, default=0) > last:
+        parser.refuse("angles", f"{max(args.angles)} is not in 0 to {last}, the dims that are seen")
     return args, env, state
 
 

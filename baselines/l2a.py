@@ -76,8 +76,8 @@ class AdaptiveModel(nn.Module):
 
     def __init__(self, obs_dim, act_dim, widths=(128,) * 3, inner_rate=0.3, lr=1e-3,
                  reward_weight=None, angles=()):
-        """angles: see model.scale. reward_weight: beside 1 per observation. None: as much as all observations, without which
-        the inner step follows them and does not find the task."""
+        """angles: see model.scale. reward_weight: beside 1 per observation. None: as much as all
+        observations, without which the inner step follows them and does not find the task."""
         super().__init__()
         O, A = obs_dim, act_dim
         self.obs_dim, self.act_dim, self.inner_rate = O, A, inner_rate

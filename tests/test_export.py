@@ -17,8 +17,8 @@ def untrained(*flags):
     """A policy with random weights and statistics, and its L."""
     args, env, _ = m3po.parse_args(["--env", "halfcheetah-fwd-bwd", "--width", "16", *flags])
     policy, _ = m3po.build(args, env, "cpu")
-    for name, value in policy.named_buffers():
-        value.uniform_(0.5, 1.5)
+    for name in ("token_mean", "token_std", "target_mean", "target_std"):
+        getattr(policy, name).uniform_(0.5, 1.5)
     return policy, args.L
 
 

@@ -33,6 +33,7 @@ def test_the_toy_alone_has_no_layer_norm():
     (["--N", "1__0"], "whole"), (["--B", "100000000"], "[1, 1000]"),
     (["--rollout", "full", "--k", "2"], "--k"), (["--model", "mlp", "--B", "5"], "7 members"),
     (["--model", "mlp", "--model-layer-norm"], "--model-layer-norm"),
+    (["--angles", "-1"], "--angles"), (["--angles", "0", "9"], "9 is not in 0 to 0"),
 ])
 def test_an_impossible_flag_is_one_line_that_names_it_and_nothing_is_created(
         given, says, tmp_path, monkeypatch, capsys):
@@ -103,6 +104,14 @@ def test_small_nets_take_one_thread_and_large_ones_what_torch_would(monkeypatch)
 def test_a_registered_id_is_the_short_name():
     args, _, _ = parse("--env", "M3PO/HumanoidDirec-v0")
     assert (args.env, args.M, args.G) == ("humanoid-direc", 500, 20)
+
+
+def test_the_cheetahs_pitch_is_an_angle_and_no_angles_is_a_value_too():
+    assert parse("--env", "halfcheetah-pier")[0].angles == [1] and parse()[0].angles == []
+    literal, _, _ = parse("--env", "halfcheetah-fwd-bwd", "--angles")
+    assert literal.angles == [] and flags.differences(vars(literal)) == {"angles": []}
+    older = {name: value for name, value in vars(literal).items() if name != "angles"}
+    assert flags.completed(older)["angles"] == []  # of a run from before the flag
 
 
 def test_the_default_warmup_is_at_most_half_the_run_and_no_difference():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from model import HistoryNet, MetaModel, gaussian_nll
+from model import HistoryNet, MetaModel, gaussian_nll, scale
 from policy import MetaPolicy
 from rollouts import EnvBuffer
 from tests.conftest import constant_heads, fill, random_batch, real_steps, spy, torch_forward
@@ -280,6 +280,31 @@ def test_what_is_seldom_seen_is_standardised_to_at_most_10():
     assert scaled.tolist() == [[[4.0, -10.0, 10.0]]]
     x = model.standardise_step(torch.tensor([[3.0]]), torch.tensor([[-9.0]]))
     assert x.tolist() == [[4.0, -10.0]]
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])  # an observation, with its action, a token
+def test_of_an_angle_the_nets_read_sine_and_cosine_whatever_its_statistics(n):
+    x, mean, std = 3 * torch.randn(5, n).double(), torch.randn(4).double(), torch.rand(4).double()
+    shown = scale(x, mean, std, torch.tensor([1]))
+    plain = scale(x, mean, std, torch.tensor([], dtype=torch.long))
+    assert shown.shape == (5, n + 1) and plain.shape == (5, n)
+    assert torch.allclose(shown[:, 0], 2**0.5 * x[:, 1].cos())
+    assert torch.allclose(shown[:, 2], 2**0.5 * x[:, 1].sin())
+    others = [i for i in range(n) if i != 1]
+    assert torch.equal(shown[:, 1:][:, others], plain[:, others])
+    assert torch.allclose(plain[:, 1], ((x[:, 1] - mean[1]) / std[1]).clamp(-10, 10))
+
+
+@torch.no_grad()
+def test_a_full_turn_is_the_same_pose_to_the_model_but_not_without_angles():
+    """Of a cheetah on its back: one that fell forwards, one that fell backwards."""
+    batch, turn = random_batch(3, 2, L=3, B=9), torch.tensor([0, 2 * math.pi, 0])
+    turned = torch.cat([batch.tokens[..., :3] + turn, batch.tokens[..., 3:]], -1)
+    for angles in ((), (1,)):
+        model = MetaModel(3, 2, widths=(8,), newest=True, changes=True, angles=angles)
+        before, after = (model.predict_mean(tokens[:-1], batch.mask[:-1], tokens[-1, :, :3],
+                                            tokens[-1, :, 3:5]) for tokens in (batch.tokens, turned))
+        assert [torch.allclose(*pair, atol=1e-4) for pair in zip(before, after)] == 2 * [bool(angles)]
 
 
 def test_gaussian_nll_is_that_of_torch_distributions():

@@ -1,11 +1,13 @@
 """policy.py: soft actor-critic on histories. More in test_m3po.py."""
 
 import copy
+import importlib
 import math
 
 import pytest
 import torch
 
+import m3po
 from policy import LOGGED, MetaPolicy
 from rollouts import EnvBuffer
 from tests.conftest import (
@@ -23,6 +25,29 @@ def test_log_probabilities_of_a_batchs_own_actions_are_those_of_torch_distributi
         assert torch.isclose(logp[b], squashed.log_prob(batch.tokens[-1, b, 2:4]), atol=1e-6)
     batch.tokens[-1, :, 2:4] = torch.tensor([1.0, -1.0])  # at the bounds, where the density ends
     assert policy.log_prob(batch).isfinite().all()
+
+
+@pytest.mark.parametrize("angles", [[], [1]])
+@pytest.mark.parametrize("method", ["m3po", "pearl", "l2a", "ghp_mdp"])
+def test_a_full_turn_changes_no_methods_action_if_its_nets_know_the_angle(method, angles):
+    """A cheetah lies on its back at +180 degrees and at -180."""
+    module = m3po if method == "m3po" else importlib.import_module(f"baselines.{method}")
+    given = ["--env", "halfcheetah-fwd-bwd", "--width", "8", "--angles", *map(str, angles)]
+    args, env, _ = m3po.parse_args(given, method)
+    batch = random_batch(17, 6, L=args.L, B=3)
+    mask = torch.ones(args.L, 3, dtype=torch.bool)
+
+    def act(tokens):
+        torch.manual_seed(0)
+        agent = module.build(args, env, "cpu")
+        agent = agent[0] if method == "m3po" else agent
+        if method in ("l2a", "ghp_mdp"):
+            agent.own_draws.manual_seed(0)
+        return agent.act(tokens[:-1], mask, tokens[-1, :, :17], deterministic=True)
+
+    turned = batch.tokens.clone()
+    turned[..., 1] += 2 * math.pi
+    assert torch.allclose(act(batch.tokens), act(turned), atol=1e-3) == bool(angles)
 
 
 @torch.no_grad()
