@@ -23,7 +23,7 @@ import envs
 # Every flag. Table 2 of the paper where it says; docs/DEVIATIONS.md has the reasons for the rest.
 DEFAULTS = dict(
     # task
-    env="point-fwd-bwd", oracle=False, switch_every=None, seed=0,
+    env="point-fwd-bwd", oracle=False, switch_every=None, reset_every=None, seed=0,
     # Table 2
     N=200, E=1_000, M=1_000, G=40, B=3, k=1, L=10, width=400, z_dim=5,
     # both
@@ -45,7 +45,7 @@ BY_ENV = {
     "point-fwd-bwd": dict(N=15, E=200, M=200, G=4, L=3, width=64, warmup=200, fit_every=100,
                           model_decay=0.0, lr=5e-4, gamma=0.9, target_entropy=-2.0,
                           layer_norm=False),
-    "halfcheetah-fwd-bwd": dict(angles=[1]),  # the pitch: it falls on its back
+    "halfcheetah-fwd-bwd": dict(reset_every=250, angles=[1]),  # the pitch: it falls on its back
     "halfcheetah-pier": dict(M=500, angles=[1]),
     "walker2d-randomparams": dict(M=500),
     "humanoid-direc": dict(M=500, G=20),
@@ -57,8 +57,8 @@ SHORT = {"point-fwd-bwd": "toy", "halfcheetah-pier": "pier", "walker2d-randompar
          "humanoid-direc": "humanoid"}  # in --help
 
 # What every method has; the rest is M3PO's.
-EVERY = """env oracle switch_every seed N E L width angles env_capacity warmup gamma device threads
-eval_episodes eval_every checkpoint_every track out resume""".split()
+EVERY = """env oracle switch_every reset_every seed N E L width angles env_capacity warmup gamma device
+threads eval_episodes eval_every checkpoint_every track out resume""".split()
 
 MAY_CHANGE = {"N", "out", "device", "threads", "compile", "track", "resume"}  # in a resume
 CHANGES_NO_LEARNING = MAY_CHANGE | {"env", "seed", "eval_episodes", "eval_every", "diagnose_every",
@@ -274,6 +274,9 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
     add = group("running")
     add("--switch-every", type=count, metavar="STEPS",
         help="env steps between redraws of the hidden task", shows="the env's; 300, toy 25")
+    add("--reset-every", type=count, metavar="STEPS",
+        help="longest episode in training; those of evaluation end as the env says",
+        shows="the env's; half-cheetah 250")
     add("--eval-episodes", type=natural, metavar="EPISODES", help="per evaluation")
     add("--eval-every", type=count, metavar="EPOCHS", help="between evaluations")
     add("--diagnose-every", type=natural, metavar="EPOCHS",

@@ -74,7 +74,7 @@ def main(args, env, state=None):
                         progress.note_fit(model.fit(D_env) if beta > 0 else {})  # line 3
                 with clock(progress, "env"):
                     action = act(policy, D_env, obs, learning)
-                    obs = real_step(env, D_env, progress, args.seed, obs, action)  # line 5
+                    obs = real_step(env, D_env, progress, args, obs, action)  # line 5
                 if learning and beta > 0:
                     with clock(progress, "rollouts"):
                         D_model.rollout(policy, model)  # lines 6-9
@@ -149,11 +149,12 @@ def act(policy, D_env, obs, learning):
     return policy.act(*D_env.live_window(), obs)[0].cpu().numpy()
 
 
-def real_step(env, D_env, progress, seed, obs, action):
+def real_step(env, D_env, progress, args, obs, action):
     """Line 5: one step of the real env into D_env; returns the next observation to act on."""
     next_obs, reward, terminated, truncated, info = env.step(action)
     progress.step += 1
     progress.actions.append(action.tolist())  # float32 to float loses nothing
+    truncated = truncated or len(progress.actions) == args.reset_every
     if "fault" in info:  # the simulator failed: this transition is no data
         progress.dropped += 1
         progress.faults[info["fault"]] = progress.faults.get(info["fault"], 0) + 1
@@ -165,7 +166,7 @@ def real_step(env, D_env, progress, seed, obs, action):
         return next_obs
     progress.train_returns.append(progress.train_return)
     progress.episode, progress.actions, progress.train_return = progress.episode + 1, [], 0.0
-    return env.reset(seed=envs.seeds(seed, 0, progress.episode)[0])[0]
+    return env.reset(seed=envs.seeds(args.seed, 0, progress.episode)[0])[0]
 
 
 def model_fraction(args, epoch):

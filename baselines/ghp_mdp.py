@@ -83,7 +83,7 @@ def main(args, env, state=None):
                 with clock(progress, "rollouts"):  # of plans
                     action = act(planner, D_env, obs, learning)
                 with clock(progress, "env"):
-                    obs = real_step(env, D_env, progress, args.seed, obs, action)
+                    obs = real_step(env, D_env, progress, args, obs, action)
                 if losses:
                     progress.note(losses)
                 log.step()

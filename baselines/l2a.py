@@ -275,7 +275,7 @@ def main(args, env, state=None):
                         progress.fit = policy.model.validate(D_env)
                 with clock(progress, "env"):
                     action = m3po.act(policy, D_env, obs, learning)  # adapts, then plans
-                    obs = m3po.real_step(env, D_env, progress, args.seed, obs, action)
+                    obs = m3po.real_step(env, D_env, progress, args, obs, action)
                 if losses:
                     progress.note(losses)
                 log.step()

@@ -80,7 +80,7 @@ def main(args, env, state=None):
                     policy.use_statistics(D_env.statistics())
                 with clock(progress, "env"):
                     action = act(policy, D_env, obs, learning)  # z ~ q(z | c), a ~ pi(a | o, z)
-                    obs = real_step(env, D_env, progress, args.seed, obs, action)
+                    obs = real_step(env, D_env, progress, args, obs, action)
                 if learning and args.G:
                     with clock(progress, "updates"):
                         batches = D_env.sample(args.G * args.batch_size).minibatches(args.G)

@@ -100,6 +100,14 @@ def test_only_termination_cuts_the_bootstrap(terminate_at, truncate_at, cut, run
     assert D_env["terminated"][2] == cut and D_env["terminated"].sum() == cut * (80 // 3)
 
 
+def test_reset_every_shortens_the_episodes_of_training_alone_and_never_cuts_the_bootstrap(tmp_path):
+    folder = run(tmp_path / "a", "--N", 1, "--reset-every", 7, "--eval-episodes", 2)
+    D_env = checkpoint.read(folder / "checkpoint.pt", "run")["D_env"]
+    assert D_env["age"][:40].tolist() == [i % 7 for i in range(40)]
+    assert not D_env["terminated"][:40].any()
+    assert [row["length"] for row in read_rows(folder, "eval.csv")] == ["100"] * 2
+
+
 def test_episodes_of_one_step_and_a_constant_observation_train(run_env, tmp_path):
     rows = read_rows(run(tmp_path / "a", *run_env(terminate_at=1), "--rollout", "full"))
     assert math.isfinite(float(rows[-1]["q_loss"])) and float(rows[-1]["eval_length_mean"]) == 1
