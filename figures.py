@@ -38,9 +38,10 @@ NAMED = {  # flag: value, or None for all, and how the paper and the README call
     "hybrid": (None, "M3PO-h {0[0]:g} to {0[1]:g}"), "model": ("mlp", "M2PO"),
     "rollout": ("full", "Full"),
     "beta": (0, "recurrent SAC"), "L": (0, "blind (L = 0)"), "oracle": (True, "oracle"),
-    "no_token_reward": (True, "no reward token")}
+    "no_token_reward": (True, "no reward token"), "angles": ([], "raw angles")}
 TOGETHER = {  # flags that make a variant if they differ like this
     "literal likelihood": {"beta_nll": 0, "reward_weight": 1}, "imagined alone": {"beta": 1},
+    "raw angles, no early resets": {"angles": [], "reset_every": None},
     "z alone": {"newest_token": False, "token_changes": False, "model_layer_norm": False}}
 THEORY = (  # columns of progress.csv, drawn solid and dashed; axis; title
     (("model_nll",), "NLL on held-out rows (nats)", "Figure 11: the meta-model"),
