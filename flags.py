@@ -25,11 +25,11 @@ DEFAULTS = dict(
     # task
     env="point-fwd-bwd", oracle=False, switch_every=None, reset_every=None, seed=0,
     # Table 2
-    N=200, E=1_000, M=1_000, G=40, B=3, k=1, L=10, width=400, z_dim=5,
+    N=200, E=1_000, M=1_000, G=40, B=3, k=2, L=10, width=400, z_dim=5,
     # both
     angles=[], newest_token=True, token_changes=True,
     # meta-model
-    fit_every=250, model_lr=1e-3, model_decay=1e-3, model_batch=256, model_updates=1.0,
+    fit_every=250, model_lr=1e-3, model_decay=1e-3, model_batch=256, model_updates=4.0,
     beta_nll=0.5, reward_weight=None, model_layer_norm=True, retain=100,
     env_capacity=1_000_000,
     # meta-policy
@@ -42,9 +42,9 @@ DEFAULTS = dict(
     checkpoint_every=1, track=False, out=None, resume=None)
 # What is different for an env; your own env has no row.
 BY_ENV = {
-    "point-fwd-bwd": dict(N=15, E=200, M=200, G=4, L=3, width=64, warmup=200, fit_every=100,
-                          model_decay=0.0, lr=5e-4, gamma=0.9, target_entropy=-2.0,
-                          layer_norm=False),
+    "point-fwd-bwd": dict(N=15, E=200, M=200, G=4, k=1, L=3, width=64, warmup=200, fit_every=100,
+                          model_decay=0.0, model_updates=1.0, lr=5e-4, gamma=0.9,
+                          target_entropy=-2.0, layer_norm=False),
     "halfcheetah-fwd-bwd": dict(reset_every=250, angles=[1]),  # the pitch: it falls on its back
     "halfcheetah-pier": dict(M=500, angles=[1]),
     "walker2d-randomparams": dict(M=500),
@@ -57,8 +57,8 @@ SHORT = {"point-fwd-bwd": "toy", "halfcheetah-pier": "pier", "walker2d-randompar
          "humanoid-direc": "humanoid"}  # in --help
 
 # What every method has; the rest is M3PO's.
-EVERY = """env oracle switch_every reset_every seed N E L width angles env_capacity warmup gamma device
-threads eval_episodes eval_every checkpoint_every track out resume""".split()
+EVERY = """env oracle switch_every reset_every seed N E L width angles env_capacity warmup gamma
+device threads eval_episodes eval_every checkpoint_every track out resume""".split()
 
 MAY_CHANGE = {"N", "out", "device", "threads", "compile", "track", "resume"}  # in a resume
 CHANGES_NO_LEARNING = MAY_CHANGE | {"env", "seed", "eval_episodes", "eval_every", "diagnose_every",
@@ -339,8 +339,10 @@ def check_variants(parser, flags, given, state):
     for name in ("B", "model_layer_norm") if flags.model == "mlp" else ():
         if name in given:
             parser.refuse(name, "M2PO's ensemble is MBPO's: 7 members, without layer norm")
-    if flags.rollout == "full" and flags.k != 1:
-        parser.refuse("k", "full rollouts have no length but the episode's")
+    if flags.rollout == "full":
+        if given.get("k", 1) != 1:
+            parser.refuse("k", "full rollouts have no length but the episode's")
+        flags.k = 1
 
 
 def checkpoint_to_resume(parser, folder, given, method):

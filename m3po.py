@@ -17,11 +17,11 @@ it saw.
     tau (task)     info["task"], never in obs                                envs.py
     C_Th1, C_Th2   full_rollout_gap, ...                                     bounds.py
 
-The clocks of one run (Table 2, halfcheetah-fwd-bwd):
+The clocks of one run (Table 2, where k is 1; halfcheetah-fwd-bwd):
 
     run        N = 200 epochs
     epoch      E = 1000 env steps, then one evaluation of 50 episodes
-    env step   M = 1000 model rollouts of k = 1 model step, then G = 40 policy updates
+    env step   M = 1000 model rollouts of k = 2 model steps, then G = 40 policy updates
     fit        every `--fit-every` env steps (the paper: once per epoch)
 """
 

@@ -115,8 +115,8 @@ def test_the_cheetahs_pitch_is_an_angle_and_no_angles_is_a_value_too():
 
 
 def test_the_default_warmup_is_at_most_half_the_run_and_no_difference():
-    args, _, _ = parse("--env", "halfcheetah-fwd-bwd", "--N", 3, "--k", 2)
-    assert args.warmup == 1_500 and flags.differences(vars(args)) == {"k": 2}
+    args, _, _ = parse("--env", "halfcheetah-fwd-bwd", "--N", 3, "--k", 3)
+    assert args.warmup == 1_500 and flags.differences(vars(args)) == {"k": 3}
     assert parse("--N", 1, "--E", 1)[0].warmup == 1
 
 

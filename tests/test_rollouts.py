@@ -233,7 +233,7 @@ def test_has_rows_is_right_at_every_step_and_seldom_looks(monkeypatch):
 
 @pytest.mark.parametrize("name", envs.ENVS)
 def test_for_k_1_a_row_of_d_model_is_a_step_and_a_few_numbers(name):
-    args, env, _ = parse("--env", name, "--retain", 1_000)
+    args, env, _ = parse("--env", name, "--retain", 1_000, "--k", 1)
     O, A = env.observation_space.shape[0], env.action_space.shape[0]
     D_env = EnvBuffer(1, O, A, args.L, "meta")  # shapes without memory
     D_model = ModelBuffer(D_env, args.M, args.k, args.retain, never_terminates)

@@ -62,7 +62,7 @@ def test_the_tables_of_many_envs_come_from_the_results_alone(tmp_path, capsys):
     said = capsys.readouterr().out
     toy, ant = said.split("\n`ant-fwd-bwd`, 50 episodes after 200,000 env steps")
     assert "`point-fwd-bwd`, 50 episodes after 3,000 env steps" in toy and "95.04" in toy
-    assert "| M3PO: the default, k = 1 | - | 5.0 [-7.7, 17.7] | 3.0 [" in toy
+    assert "| M3PO: the default | - | 5.0 [-7.7, 17.7] | 3.0 [" in toy
     assert "after 2,000 env steps, evaluated every 400 | - | 8.0 | 4.5 | 2.0 |" in toy
     assert "| 1 |\n" in toy
     assert "| zero action | - | 0.0 | - | - | 0.00 | 0.00 / 0.00 | - | - |\n" in toy
