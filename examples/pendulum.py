@@ -1,7 +1,7 @@
 r"""A pendulum whose torque has a hidden sign: what must be told apart is in the dynamics.
 
     python m3po.py --env examples.pendulum:PendulumSign-v0 --N 16 --E 500 --M 200 --G 10 --L 5 \
-        --width 64 --warmup 1000 --model-updates 4
+        --width 64 --warmup 1000 --k 1 --model-updates 4
 
 Gymnasium's Pendulum, but every 50 env steps the motor's wires are swapped or not, with equal
 chances. The rewards are those of a pendulum, whatever the sign; only how the speed answers to the
