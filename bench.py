@@ -295,7 +295,7 @@ def bench_memory():
         O, A = env.observation_space.shape[0], env.action_space.shape[0]
         D_env = EnvBuffer(1, O, A, flags.L, "meta")  # shapes without memory
         sizes = []
-        for retain, k in ((100, 1), (1_000, 1), (1_000, 5)):
+        for retain, k in ((100, flags.k), (1_000, flags.k), (1_000, 5)):
             D_model = ModelBuffer(D_env, flags.M, k, retain, envs.terminated_fn(env))
             sizes.append(sum(getattr(D_model, name).nbytes for name in D_model.STATE))
         print(f"  {name:42}" + "".join(f" {size / 1e6:16,.0f}" for size in sizes), flush=True)

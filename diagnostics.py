@@ -158,8 +158,8 @@ def policy_divergence(policy, D_env, widths, seed, steps=500, batch_size=256):
         torch.manual_seed(seed)
         clone = MetaPolicy(policy.obs_dim, policy.act_dim, policy.token_dim, widths,
                            policy.actor.z_dim or 5, lr=1e-3, newest=policy.actor.newest,
-                           changes=policy.changes, angles=policy.angles.tolist()
-                           ).to(D_env.device)
+                           changes=policy.changes,
+                           angles=policy.angles.tolist()).to(D_env.device)
         clone.use_statistics(dict(policy.named_buffers()))
         for _ in range(steps):
             loss = -clone.log_prob(D_env.sample(batch_size)).mean()

@@ -345,16 +345,24 @@ def check_variants(parser, flags, given, state):
         flags.k = 1
 
 
+def check_angles(parser, flags, env):
+    """That the env has these dims, which the parser cannot know."""
+    largest, last = max(flags.angles, default=0), env.observation_space.shape[0] - 1
+    if largest > last:
+        parser.refuse("angles", f"{largest} is not in 0 to {last}, the dims that are seen")
+
+
 def checkpoint_to_resume(parser, folder, given, method):
     """The checkpoint in a run folder, if the flags given beside it do not contradict it."""
     try:
         state = checkpoint.read(Path(folder) / "checkpoint.pt", "run", method)
     except checkpoint.CheckpointError as error:
         parser.refuse("resume", error)
+    saved = completed(state["flags"] | {"method": method})
     for name in given.keys() - MAY_CHANGE:
-        if given[name] != state["flags"].get(name):
+        if given[name] != saved.get(name):
             parser.refuse(name, f"{given[name]} contradicts the checkpoint, which has "
-                                f"{state['flags'].get(name)}")
+                                f"{saved.get(name)}")
     return state
 
 

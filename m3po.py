@@ -227,9 +227,7 @@ def parse_args(argv=None, method="m3po"):
         env = make_env(args)
     except envs.EnvError as error:
         parser.refuse("env", error)
-    last = env.observation_space.shape[0] - 1
-    if max(args.angles, default=0) > last:
-        parser.refuse("angles", f"{max(args.angles)} is not in 0 to {last}, the dims that are seen")
+    flags.check_angles(parser, args, env)
     return args, env, state
 
 

@@ -82,11 +82,14 @@ def main(argv=None):
     p.add_argument("--seed", type=flags.natural, default=0, help="of the model (%(default)s)")
     options = p.parse_args(argv[:cut])
     state = recorded(options.run)
-    given = vars(flags.build_parser().parse_args(argv[cut + 1:]))
+    parser = flags.build_parser()
+    given = vars(parser.parse_args(argv[cut + 1:]))
     args = Namespace(**flags.completed(state["flags"]) | given | {"device": "cpu"})
+    env = m3po.make_env(args)
+    flags.check_angles(parser, args, env)
     speed.set_threads(args)
     torch.manual_seed(options.seed)
-    found = refit(state["D_env"], args, m3po.make_env(args), options.passes, options.rows)
+    found = refit(state["D_env"], args, env, options.passes, options.rows)
     print(", ".join(f"{name} {value:.3f}" for name, value in found.items()))
 
 

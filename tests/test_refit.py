@@ -37,6 +37,19 @@ def test_the_command_says_one_line_and_refuses_what_is_no_run(tmp_path, capsys):
         refit.main([str(tmp_path)])
     with pytest.raises(SystemExit, match="no two fits or"):
         refit.main([str(folder), "--rows", "150"])
+    with pytest.raises(SystemExit) as stop:
+        refit.main([str(folder), "--", "--angles", "9"])
+    assert stop.value.code == 2 and "--angles: 9 is not in 0 to 0" in capsys.readouterr().err
+
+
+def test_a_run_from_before_a_flag_goes_on_and_may_be_told_that_the_flag_is_off(tmp_path):
+    folder = run(tmp_path / "a", "--env", "halfcheetah-fwd-bwd", "--angles", "--reset-every", 1000)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    del state["flags"]["angles"], state["flags"]["reset_every"]
+    torch.save(state, folder / "checkpoint.pt")
+    for given in ([], ["--angles"]):
+        args, _, _ = m3po.parse_args(["--resume", str(folder), *given])
+        assert (args.angles, args.reset_every) == ([], None)
 
 
 def test_a_pass_is_as_many_steps_as_go_through_all_rows_once(monkeypatch):
