@@ -45,8 +45,11 @@ BY_ENV = {
     "point-fwd-bwd": dict(N=15, E=200, M=200, G=4, k=1, L=3, width=64, warmup=200, fit_every=100,
                           model_decay=0.0, model_updates=1.0, lr=5e-4, gamma=0.9,
                           target_entropy=-2.0, layer_norm=False),
-    "halfcheetah-fwd-bwd": dict(reset_every=250, angles=[1]),  # the pitch: it falls on its back
-    "halfcheetah-pier": dict(M=500, angles=[1]),
+    # On their backs these neither end nor get up. Angle 1 is the pitch.
+    "halfcheetah-fwd-bwd": dict(reset_every=250, angles=[1]),
+    "halfcheetah-pier": dict(M=500, reset_every=250, angles=[1]),
+    "ant-fwd-bwd": dict(reset_every=250),
+    "ant-crippled-leg": dict(reset_every=250),
     "walker2d-randomparams": dict(M=500),
     "humanoid-direc": dict(M=500, G=20),
 }
@@ -276,7 +279,7 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
         help="env steps between redraws of the hidden task", shows="the env's; 300, toy 25")
     add("--reset-every", type=count, metavar="STEPS",
         help="longest episode in training; those of evaluation end as the env says",
-        shows="the env's; half-cheetah 250")
+        shows="the env's; cheetahs and ants 250")
     add("--eval-episodes", type=natural, metavar="EPISODES", help="per evaluation")
     add("--eval-every", type=count, metavar="EPOCHS", help="between evaluations")
     add("--diagnose-every", type=natural, metavar="EPOCHS",

@@ -21,6 +21,9 @@ from figures import FigureError, known_mean, read_run, with_interval
 from flags import CHANGES_NO_LEARNING, OneLineParser, in_range
 from tables import commits, read_config, text
 
+HEADER = ("| variant | flags | seeds | last five evaluations, by seed | mean | minus the control's "
+          "| mean of all | minus the control's | right way | commits |\n" + "|---" * 10 + "|")
+
 
 def typed(name, value):
     """A flag with its value on a command line. One that its control alone was given: without it."""
@@ -112,9 +115,7 @@ def main(argv=None):
         control, *variants = [Variant(folder, runs, until) for folder, runs in found.items()]
     except FigureError as error:
         parser.error(str(error))
-    print(f"After {until:,.0f} env steps:\n")
-    print("| variant | flags | seeds | last five evaluations, by seed | mean | minus the control's "
-          "| mean of all | minus the control's | right way | commits |\n" + "|---" * 10 + "|")
+    print(f"After {until:,.0f} env steps:\n\n{HEADER}")
     for variant in (control, *variants):
         print("| " + " | ".join(row(variant, control)) + " |")
 
