@@ -143,9 +143,6 @@ def command(run, args):
 
 # ---- what is there ------------------------------------------------------------------------------
 
-# What means nothing to recurrent SAC, whose results are the same before and after it changes.
-OF_THE_MODEL = set("M B k model_updates model_lr model_decay model_batch beta_nll reward_weight "
-                   "model_layer_norm retain rollout model".split())
 # What a run that has ended need not share: how often it was looked at.
 HOW_OFTEN = {"eval_every", "diagnose_every", "checkpoint_every"}
 
@@ -153,7 +150,7 @@ HOW_OFTEN = {"eval_every", "diagnose_every", "checkpoint_every"}
 def refuse_others(folder, trained, wanted, option, may_differ=frozenset()):
     """Refused if the run in folder, trained with these flags, is not the wanted one."""
     ignored = flags.MAY_CHANGE - {"N"} | may_differ | (
-        OF_THE_MODEL if wanted.get("beta") == 0 else set())
+        flags.OF_THE_MODEL if wanted.get("beta") == 0 else set())
     for name in wanted.keys() - ignored:
         was = trained.get(name)
         if was != wanted[name] and (was or wanted[name]):

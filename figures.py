@@ -142,7 +142,7 @@ def variant(differs, method="m3po"):
     its method."""
     differs, names = dict(differs), [] if method == "m3po" else [method_name(method)]
     for words, flags in TOGETHER.items():
-        if all(differs.get(name) == value for name, value in flags.items()):
+        if flags.items() <= differs.items():
             names.append(words)
             differs = {name: value for name, value in differs.items() if name not in flags}
     for name, value in differs.items():
@@ -163,8 +163,9 @@ def read_runs(folders, one_env=False):
         differs = [differences(run.flags) for run in runs]
         has = [defaults(env, run.flags["method"]) for run in runs]  # a baseline less
         shared = {name: value for d in differs for name, value in d.items()
-                  if name not in STRUCTURE and all(other.get(name) == value or name not in flags
-                                                   for other, flags in zip(differs, has))}
+                  if name not in STRUCTURE and all(
+                      name not in flags or name in other and other[name] == value
+                      for other, flags in zip(differs, has))}
         titles[env] = f"{env}\n{variant(shared)}" if shared else env
         groups[env] = {}
         for run, d in zip(runs, differs):
@@ -275,6 +276,16 @@ def draw_group(ax, x, values, interval, colour, label=None, ls="-"):
     ax.plot(x, known_mean(values), color=colour, lw=1.8, label=label, marker=marker, ms=4, ls=ls)
 
 
+def keep_curves_in_sight(ax):
+    """The wide bands of few seeds may be cut: outside the seeds' range they get half as much room
+    again."""
+    drawn = np.concatenate([line.get_ydata() for line in ax.lines])
+    low, high = np.nanmin(drawn), np.nanmax(drawn)
+    bottom, top = ax.get_ylim()
+    room = (high - low) / 4 or top - bottom
+    ax.set_ylim(max(bottom, low - room), min(top, high + room))
+
+
 def finish(figure, axes, path):
     """Grid, one legend for all panels below them, and the file."""
     entries = {}
@@ -303,6 +314,7 @@ def curves(args):
         ax.set_title(titles[env], fontsize=9)
         ax.set(xlabel="1,000 env steps", ylabel="return per episode")
         ax.set_xlim(left=0)
+        keep_curves_in_sight(ax)
     finish(figure, axes, args.out)
 
 

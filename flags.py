@@ -66,6 +66,8 @@ device threads eval_episodes eval_every checkpoint_every track out resume""".spl
 MAY_CHANGE = {"N", "out", "device", "threads", "compile", "track", "resume"}  # in a resume
 CHANGES_NO_LEARNING = MAY_CHANGE | {"env", "seed", "eval_episodes", "eval_every", "diagnose_every",
                                     "checkpoint_every"}
+OF_THE_MODEL = set("M B k model_updates model_lr model_decay model_batch beta_nll reward_weight "
+                   "model_layer_norm retain rollout model".split())  # nothing to recurrent SAC
 ONE_THREAD = 128  # units of width up to which a second thread of torch costs more than it brings
 
 
@@ -112,8 +114,9 @@ def differences(flags):
         default["warmup"] = flags["warmup"]
     if flags["env_capacity"] >= flags["N"] * flags["E"]:  # nothing is ever overwritten
         default["env_capacity"] = flags["env_capacity"]
+    without = OF_THE_MODEL if flags.get("beta") == 0 else set()
     return {name: flags[name] for name, value in default.items()
-            if name not in CHANGES_NO_LEARNING and flags[name] != value}
+            if name not in CHANGES_NO_LEARNING | without and flags[name] != value}
 
 
 # ---- the parser ---------------------------------------------------------------------------------

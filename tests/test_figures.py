@@ -108,6 +108,7 @@ def test_a_run_is_drawn_from_its_two_small_files_whatever_columns_they_have(tmp_
     ({"beta": 1.0}, "imagined alone"), ({"beta": 0.7}, "beta = 0.7"),
     ({"newest_token": False, "k": 5}, "newest token = False, k = 5"), ({"G": 1}, "G = 1"),
     ({"env_capacity": 3_000}, "M3PO"), ({"env_capacity": 500}, "env capacity = 500"),
+    ({"beta": 0.0, "k": 5, "model_updates": 9.0}, "recurrent SAC"),  # it has no model
 ])
 def test_a_variant_is_named_by_what_differs_from_the_defaults(flags, name):
     args = vars(m3po.parse_args([])[0])
@@ -128,6 +129,19 @@ def test_settings_that_all_runs_share_stand_in_the_title(tmp_path):
     assert figures.read_runs([*runs, planner])[1] == titles
     assert "point-fwd-bwd" == figures.read_runs([*runs, fake_run(tmp_path / "e", seed=2)])[1][
         "point-fwd-bwd"]
+    off = [fake_run(tmp_path / "f", reset_every=None, env="halfcheetah-fwd-bwd"),
+           fake_run(tmp_path / "g", reset_every=250, env="halfcheetah-fwd-bwd")]
+    assert "reset" not in figures.read_runs(off)[1]["halfcheetah-fwd-bwd"]  # None is a value too
+
+
+def test_wide_bands_do_not_squeeze_the_curves():
+    _, (ax,) = figures.panels(1)
+    values = np.array([[0.0, 10.0], [0.0, 14.0]])
+    band = figures.students_interval(values)
+    figures.draw_group(ax, np.arange(2), values, band, "k")
+    assert ax.get_ylim()[1] > band[1][1] > 30
+    figures.keep_curves_in_sight(ax)
+    assert ax.get_ylim() == (-3.5, 17.5)
 
 
 def test_the_table_counts_right(tmp_path, capsys):
