@@ -293,7 +293,8 @@ def finish(figure, axes, path):
         ax.grid(alpha=0.25)
         handles, labels = ax.get_legend_handles_labels()
         entries = dict(zip(labels, handles)) | entries
-    columns = int(figure.get_figwidth() // 2.5)  # inches for a name
+    inches = max(2.5, 0.6 + 0.075 * max(map(len, entries), default=0))  # for a name
+    columns = max(1, int(figure.get_figwidth() // inches))
     more = math.ceil(len(entries) / columns) - 2  # rows that panels() left no room for
     figure.set_figheight(figure.get_figheight() + 0.2 * max(more, 0))
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", frameon=False,

@@ -134,6 +134,15 @@ def test_settings_that_all_runs_share_stand_in_the_title(tmp_path):
     assert "reset" not in figures.read_runs(off)[1]["halfcheetah-fwd-bwd"]  # None is a value too
 
 
+def test_long_names_stay_within_the_picture(tmp_path):
+    figure, axes = figures.panels(1)
+    for method in ("PEARL", "L2A", "GHP-MDP"):
+        axes[0].plot([0, 1], label=f"{method}, raw angles, no early resets")
+    figures.finish(figure, axes, tmp_path / "a.png")
+    legend = figure.legends[0].get_window_extent()
+    assert 0 <= legend.x0 and legend.x1 <= figure.bbox.width
+
+
 def test_wide_bands_do_not_squeeze_the_curves():
     _, (ax,) = figures.panels(1)
     values = np.array([[0.0, 10.0], [0.0, 14.0]])
