@@ -103,6 +103,11 @@ def row(variant, control):
     return *cells, text(variant.right_way), commits(read_config(run.folder) for run in variant.runs)
 
 
+def print_rows(control, *variants):
+    for variant in (control, *variants):
+        print("| " + " | ".join(row(variant, control)) + " |")
+
+
 def main(argv=None):
     parser = OneLineParser("python -m results.compare", description=__doc__.split("\n\n")[0])
     parser.add_argument("control", type=Path, metavar="CONTROL", help="a folder ENV/METHOD")
@@ -116,8 +121,7 @@ def main(argv=None):
     except FigureError as error:
         parser.error(str(error))
     print(f"After {until:,.0f} env steps:\n\n{HEADER}")
-    for variant in (control, *variants):
-        print("| " + " | ".join(row(variant, control)) + " |")
+    print_rows(control, *variants)
 
 
 if __name__ == "__main__":

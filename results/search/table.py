@@ -9,15 +9,16 @@ the columns mean: results/compare.py.
 
 from pathlib import Path
 
-from results.compare import HEADER, Variant, read_seeds, row
+from results.compare import HEADER, Variant, print_rows, read_seeds
 
 UNTIL = 10_000
 OLD, NEW = Path("results/halfcheetah-fwd-bwd"), Path("results/search/halfcheetah-fwd-bwd")
 BOUNDS = Path("results/search/learned-bounds")
 K2 = "m3po-k2-model-updates-4"
 PROGRAMS = {
-    "learned bounds, raw pitch": [OLD / "m3po-learned-bounds", *(BOUNDS / f"m3po-{name}" for name in (
-        "entropy-minus-1", "entropy-0", "k2", "model-updates-4", "k2-model-updates-4"))],
+    "learned bounds, raw pitch": [OLD / "m3po-learned-bounds", *(
+        BOUNDS / f"m3po-{name}" for name in (
+            "entropy-minus-1", "entropy-0", "k2", "model-updates-4", "k2-model-updates-4"))],
     "living variances, raw pitch": [NEW / f"{K2}-to-10k", *(NEW / f"{K2}-{name}" for name in (
         "noise-1.5", "stretched", "one-variance", "angles"))],
     "today's": [OLD / "m3po", *(NEW / f"m3po-{name}" for name in (
@@ -29,9 +30,7 @@ def main():
     print(HEADER)
     for program, folders in PROGRAMS.items():
         print(f"| **{program}** |" + " |" * (HEADER.splitlines()[0].count("|") - 2))
-        control, *variants = [Variant(folder, read_seeds(folder), UNTIL) for folder in folders]
-        for variant in (control, *variants):
-            print("| " + " | ".join(row(variant, control)) + " |")
+        print_rows(*(Variant(folder, read_seeds(folder), UNTIL) for folder in folders))
 
 
 if __name__ == "__main__":
