@@ -97,7 +97,8 @@ def check_spaces(name, observation_space, action_space):
     for what, space in (("observation", observation_space), ("action", action_space)):
         if not isinstance(space, Box):
             kind = type(space).__name__
-            cure = "; gymnasium.wrappers.FlattenObservation makes it one" if kind == "Dict" else ""
+            flatten = what == "observation" and kind in ("Dict", "Tuple")
+            cure = "; gymnasium.wrappers.FlattenObservation makes it one" if flatten else ""
             raise EnvError(f"{name}: {kind} {what} space; M3PO needs a Box of one axis{cure}")
         if len(space.shape) != 1:
             image = " (an image?)" if what == "observation" and len(space.shape) > 1 else ""
@@ -116,8 +117,8 @@ def check_spaces(name, observation_space, action_space):
 
 
 def check_rule(name, env, obs):
-    """The env's terminated_fn, if it has one, must answer [B, O] of both kinds with bools [B]. It is
-    asked about what the agent sees, so no wrapper around it may change observations."""
+    """The env's terminated_fn, if it has one, must answer [..., O] of both kinds with bools [...].
+    It is asked about what the agent sees, so no wrapper around it may change observations."""
     if not env.has_wrapper_attr("terminated_fn"):
         return
     outer = env
@@ -127,14 +128,15 @@ def check_rule(name, env, obs):
                            "terminated_fn; give that wrapper a terminated_fn of its own")
         outer = outer.env
     import torch  # here: the envs themselves need none
-    batch = np.array([obs] * 3, np.float32)
-    for kind, next_obs, bools in (("NumPy", batch, np.bool_),
-                                  ("torch", torch.tensor(batch), torch.bool)):
-        with own_code(name, f"terminated_fn, asked about a {kind} array {batch.shape}"):
-            dead = outer.terminated_fn(next_obs)
-        if not isinstance(dead, type(next_obs)) or dead.shape != (3,) or dead.dtype != bools:
-            raise EnvError(f"{name}: terminated_fn answered a {kind} array {batch.shape} with "
-                           f"{said(dead)}; M3PO needs a {kind} array (3,) of bools")
+    for shape in ((3,), (2, len(obs) + 1)):  # where [:, 0] is not [..., 0]
+        batch = np.broadcast_to(obs, (*shape, len(obs))).astype(np.float32)
+        for kind, next_obs, bools in (("NumPy", batch, np.bool_),
+                                      ("torch", torch.tensor(batch), torch.bool)):
+            with own_code(name, f"terminated_fn, asked about a {kind} array {batch.shape}"):
+                dead = outer.terminated_fn(next_obs)
+            if not isinstance(dead, type(next_obs)) or dead.shape != shape or dead.dtype != bools:
+                raise EnvError(f"{name}: terminated_fn answered a {kind} array {batch.shape} with "
+                               f"{said(dead)}; M3PO needs a {kind} array {shape} of bools")
 
 
 def task_size(name, *infos):

@@ -554,7 +554,7 @@ class FaultGuard(gym.Wrapper):
         elif sum(counter.number for counter in self.counters) > self.self_resets:
             fault = "MuJoCo reset itself after instability"
         else:
-            if terminated and not self.foreseen(obs):
+            if terminated and not self.foreseen(obs[None])[0]:
                 say_once(f"{self.spec.id if self.spec else self.env} terminated, but "
                          f"{self.no_rule}: imagined branches will not end where episodes do")
             self.last_obs = obs

@@ -107,6 +107,12 @@ def overruled(methods, extra):
             if (flag := name(group[0])) in given and given[flag] != " ".join(group)]
 
 
+def changes_nothing(method, env):
+    """Whether its flags are the env's defaults, as k = 1 on the toy: the method is M3PO there."""
+    own = flags.parse([*method.flags.split(), "--env", env], method.program)[0]
+    return method.flags and not flags.differences(vars(own))
+
+
 def grid(args, extra, parser):
     """Every wanted run, {name: env}, and what was left out as lines. Seeds come outermost, so that
     whatever has ended makes a table of all methods in all envs."""
@@ -129,8 +135,13 @@ def grid(args, extra, parser):
                 if env not in made:
                     made[env] = m3po.parse_args(run.flags(), method.program)[1]
                 run.wanted = vars(wanted)
-                runs.append(run)
-    return runs, made, left_out
+                if changes_nothing(method, env):
+                    left_out.append(f"Left out: {method.label} in {env}, where it is M3PO itself.")
+                else:
+                    runs.append(run)
+    if not runs:
+        parser.error(" ".join(dict.fromkeys(left_out)))
+    return runs, made, list(dict.fromkeys(left_out))
 
 
 def command(run, args):
@@ -149,8 +160,7 @@ HOW_OFTEN = {"eval_every", "diagnose_every", "checkpoint_every"}
 
 def refuse_others(folder, trained, wanted, option, may_differ=frozenset()):
     """Refused if the run in folder, trained with these flags, is not the wanted one."""
-    ignored = flags.MAY_CHANGE - {"N"} | may_differ | (
-        flags.OF_THE_MODEL if wanted.get("beta") == 0 else set())
+    ignored = flags.MAY_CHANGE - {"N"} | may_differ | flags.unused(wanted)
     for name in wanted.keys() - ignored:
         was = trained.get(name)
         if was != wanted[name] and (was or wanted[name]):

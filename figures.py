@@ -25,7 +25,7 @@ import numpy as np
 import drawing
 import envs
 import play
-from flags import OneLineParser, completed, defaults, differences
+from flags import OneLineParser, completed, defaults, differences, unused
 from logs import method_name
 
 # Okabe and Ito's colours and four of Tol's, which the colour-blind tell apart.
@@ -161,7 +161,8 @@ def read_runs(folders, one_env=False):
         raise FigureError(f"{' and '.join(by_env)} have no common scale here: one env at a time")
     for env, runs in by_env.items():
         differs = [differences(run.flags) for run in runs]
-        has = [defaults(env, run.flags["method"]) for run in runs]  # a baseline less
+        has = [defaults(env, run.flags["method"]).keys() - unused(run.flags)  # a baseline less
+               for run in runs]
         shared = {name: value for d in differs for name, value in d.items()
                   if name not in STRUCTURE and all(
                       name not in flags or name in other and other[name] == value

@@ -101,10 +101,16 @@ def default_warmup(flags):
 
 def completed(flags):
     """Those of a run in a config.json, also of an older program: a flag that did not exist then was
-    off, which is false, none, or a factor of 1."""
+    off, which is false, none, empty, or a factor of 1."""
     off = {"method": "m3po", "reward_scale": 1.0, "angles": []}
     return {name: off.get(name, False if isinstance(value, bool) else None) for name, value
             in defaults(flags["env"], flags.get("method", "m3po")).items()} | flags
+
+
+def unused(flags):
+    """Names of the flags that do nothing beside the others."""
+    return OF_THE_MODEL if flags.get("beta") == 0 else (
+        {"k"} if flags.get("rollout") == "full" else set())
 
 
 def differences(flags):
@@ -114,9 +120,8 @@ def differences(flags):
         default["warmup"] = flags["warmup"]
     if flags["env_capacity"] >= flags["N"] * flags["E"]:  # nothing is ever overwritten
         default["env_capacity"] = flags["env_capacity"]
-    without = OF_THE_MODEL if flags.get("beta") == 0 else set()
     return {name: flags[name] for name, value in default.items()
-            if name not in CHANGES_NO_LEARNING | without and flags[name] != value}
+            if name not in CHANGES_NO_LEARNING | unused(flags) and flags[name] != value}
 
 
 # ---- the parser ---------------------------------------------------------------------------------
@@ -213,7 +218,7 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
     add("--E", "--steps-per-epoch", type=count, metavar="STEPS", help="env steps per epoch")
     add("--M", "--model-rollouts", type=count, metavar="ROLLOUTS",
         help="model rollouts per env step")
-    add("--k", "--rollout-length", type=count, metavar="STEPS", help="model steps per rollout")
+    add("--k", "--rollout-length", type=count, metavar="STEPS", help="model steps per rollout; the paper: 1")
     add("--B", "--ensemble-size", type=in_range(int, 1, 1_000), metavar="MEMBERS",
         help="of the meta-model")
     add("--z-dim", type=count, metavar="UNITS", help="of z")
@@ -280,8 +285,8 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
     add = group("running")
     add("--switch-every", type=count, metavar="STEPS",
         help="env steps between redraws of the hidden task", shows="the env's; 300, toy 25")
-    add("--reset-every", type=count, metavar="STEPS",
-        help="longest episode in training; those of evaluation end as the env says",
+    add("--reset-every", type=lambda text: natural(text) or None, metavar="STEPS",
+        help="longest episode in training, 0: the env's, by which those of evaluation end",
         shows="the env's; cheetahs and ants 250")
     add("--eval-episodes", type=natural, metavar="EPISODES", help="per evaluation")
     add("--eval-every", type=count, metavar="EPOCHS", help="between evaluations")

@@ -335,7 +335,8 @@ def describe(args, env, progress, now):
         f"obs {env.observation_space.shape[0]}, actions {env.action_space.shape[0]} in [-1, 1]",
         f"reward       {getattr(inner, 'reward_text', own)}",
         f"terminated   {getattr(inner, 'termination_text', own)}{note}; "
-        f"episodes of {envs.time_limit(env):,} env steps at most",
+        f"episodes of {envs.time_limit(env):,} env steps at most"
+        + (f", in training of {args.reset_every:,}" if args.reset_every else ""),
         f"hidden task  {task}",
         f"method       {name}" + (", but " + ", ".join(differs) if differs else ""),
         f"one epoch    {args.E:,} env steps{rollouts}{updates}; {args.N} epochs",

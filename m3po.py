@@ -1,7 +1,7 @@
 """M3PO: Meta-Model-Based Meta-Policy Optimization (Hiraoka et al., ACML 2021), Algorithm 2.
 
-    python m3po.py --env point-fwd-bwd                  # two minutes on two CPU cores
-    python m3po.py --env ant-fwd-bwd --k 1              # the paper's sizes: 200 epochs
+    python m3po.py --env point-fwd-bwd                          # two minutes on two CPU cores
+    python m3po.py --env ant-fwd-bwd --k 1 --model-updates 1    # the paper's sizes: 200 epochs
 
 A meta-model is fitted to real data; short rollouts in it, branched from real histories, and those
 data themselves feed a SAC meta-policy that adapts to a hidden, changing task from the last L steps
@@ -16,6 +16,8 @@ it saw.
     D_model        ModelBuffer                   ring of imagined steps      rollouts.py, full.py
     tau (task)     info["task"], never in obs                                envs.py
     C_Th1, C_Th2   full_rollout_gap, ...                                     bounds.py
+
+Here B, alone in a shape, is a batch; --B counts the members.
 
 The clocks of one run (Table 2, where k is 1; halfcheetah-fwd-bwd):
 
@@ -56,20 +58,21 @@ def main(args, env, state=None):
     players = make_players(args, lambda: build(args, env, "cpu")[0])
     speed.set_threads(args)
     policy, model, D_env, D_model, progress = begin(args, env, state)  # line 1
-    update = speed.fastest_update(policy, model, args)
+    update = speed.fastest_update(policy, model, args)  # policy.update, perhaps compiled
     log = Log(args, env, progress)
     parts = dict(policy=policy, model=model, D_env=D_env, D_model=D_model)
     save = lambda: checkpoint.save(args, progress, **parts)
 
     with (closing(players), faults.StopSignals() as stop,
           faults.saved_first(args, progress, policy, save), closing(log)):
-        obs = checkpoint.replay(env, progress, args.seed)
+        obs = checkpoint.replay(env, progress, args.seed)  # env.reset, in a new run
         for epoch in range(progress.epoch + 1, args.N + 1):  # line 2
             beta = model_fraction(args, epoch)
             while progress.step < epoch * args.E and not stop.received:  # line 4
                 learning = progress.step >= args.warmup
                 if learning and (progress.step - args.warmup) % args.fit_every == 0:
-                    with clock(progress, "fit"):  # more often than the paper: docs/DEVIATIONS.md
+                    with clock(progress, "fit"):  # more often than the paper: DEVIATIONS 3
+                        # The policy's inputs by D_env's mean and std of now: DEVIATIONS 6.
                         progress.note_shift(policy.restandardise(D_env))
                         progress.note_fit(model.fit(D_env) if beta > 0 else {})  # line 3
                 with clock(progress, "env"):
@@ -81,7 +84,7 @@ def main(args, env, state=None):
                 if learning and args.G and (beta == 0 or D_model.has_rows()):
                     with clock(progress, "updates"):
                         batches = sample_batches(D_model, D_env, beta, args.G, args.batch_size)
-                        progress.note([update(*batch) for batch in batches])  # 10-12
+                        progress.note([update(batch, noise) for batch, noise in batches])  # 10-12
                 log.step()
             faults.check_finite(progress, policy, args.E)
             if progress.step == epoch * args.E:

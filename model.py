@@ -107,8 +107,9 @@ def gaussian_nll(mean, logvar, target):
 def scale(x, mean, std, angles):
     """Inputs x [..., n] as the nets read them: standardised by the first n of mean and std and
     clipped at 10. Of the dims in `angles` [k], radians without bounds, they read sine and cosine
-    instead, the cosines in front, scaled as if every angle were as frequent: their own mean and
-    std jump when a robot first falls over, under nets that have learned with the old ones."""
+    instead, the cosines in front, scaled by
+    sqrt 2, which is right where all angles are equally frequent: D_env's own mean and std jump
+    when a robot first falls over, under nets that have learned with the old ones."""
     n = x.shape[-1]
     scaled = (x - mean[:n]).div_(std[:n]).clamp_(-10, 10)
     if not len(angles):
@@ -124,6 +125,9 @@ def scale_tokens(tokens, obs, statistics, changes):
 
     changes: each token also holds what it brought about, o_{i+1} - o_i. h holds that anyway, but
     in two tokens, of which a GRU would have to remember one to see it.
+
+    So a token is read as (change, cosines, o, a, r). HistoryNet reads its first token_dim numbers:
+    the reward stands last, and whatever is added in front, so that the reward can be cut off.
     """
     scaled = scale(tokens, statistics.token_mean, statistics.token_std, statistics.angles)
     if not changes:
@@ -132,7 +136,7 @@ def scale_tokens(tokens, obs, statistics, changes):
     change = torch.cat([tokens[1:, :, :O], obs[None]]) - tokens[..., :O]  # [L, B, O]
     mean, std = statistics.target_mean[1:], statistics.target_std[1:]
     change = (change - mean).div_(std).clamp_(-10, 10)
-    return torch.cat([change, scaled], -1)  # in front: token_dim may hide the reward at the end
+    return torch.cat([change, scaled], -1)
 
 
 def add_statistics(module, obs_dim, act_dim, angles=()):
@@ -152,7 +156,7 @@ def use_statistics(module, statistics):
 
 def explained(residual, y):
     """The fractions of the variance of targets y [B, O + 1] that are explained, of the reward and
-    of the observation change, where residual [O + 1] is left as mean squared error."""
+    of the observation change; residual [O + 1] is the mean squared error."""
     variance = y.var(0, correction=0)
     fraction = 1 - residual / variance.clamp(min=1e-8)  # [O + 1]
     varies = variance > 1e-8  # what never varies counts as not explained
@@ -171,16 +175,15 @@ class MetaModel(nn.Module):
                  layer_norm=False, newest=False, changes=False, elites=None, lr=1e-3,
                  weight_decay=0.0, batch_size=256, beta_nll=0.5, reward_weight=None,
                  steps_per_row=1.0, max_rows=5_000, angles=()):
-        """changes: see scale_tokens; angles: see scale. max_rows: as many rows at most are looked
-        at to measure."""
+        """token_dim: how much of a token (o, a, r) is seen, None is all. changes: see scale_tokens;
+        angles: see scale. max_rows: as many rows at most are looked at to measure."""
         super().__init__()
         O, A = obs_dim, act_dim
         self.obs_dim, self.act_dim = O, A
         token_dim = O + A + 1 if token_dim is None else token_dim
         self.changes = changes and token_dim > 0
-        if token_dim:
-            token_dim += O * self.changes + len(angles)
-        self.net = HistoryNet(members, token_dim, O + A + len(angles), 2 * (O + 1), widths, z_dim,
+        read = token_dim and token_dim + O * self.changes + len(angles)  # see scale_tokens
+        self.net = HistoryNet(members, read, O + A + len(angles), 2 * (O + 1), widths, z_dim,
                               layer_norm, newest)
         # Soft bounds, fixed: PETS learns them and pulls them together by a term of its own, which
         # here won against the weighted likelihood, and the variances died (docs/DEVIATIONS.md 2).
@@ -205,7 +208,7 @@ class MetaModel(nn.Module):
         return scale_tokens(tokens, obs, self, self.changes)
 
     def standardise_step(self, obs, actions):
-        """x = (o, a) [B, O + A], scaled as in the tokens."""
+        """x = (o, a) [B, O + A and a cosine per angle], scaled as in the tokens."""
         x = torch.cat([obs, actions], -1)
         return scale(x, self.token_mean, self.token_std, self.angles)
 
@@ -239,7 +242,7 @@ class MetaModel(nn.Module):
         rows = seats.clamp(max=B - 1).view(E, -1)  # the last row fills the spare seats
         mean, logvar = self.predict_dealt(tokens, mask, obs, actions, rows)
         y = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-        y = y.flatten(0, 1).index_select(0, torch.argsort(seats)[:B])
+        y = y.flatten(0, 1).index_select(0, torch.argsort(seats)[:B])  # row -> its seat
         y = y * self.target_std + self.target_mean
         return y[:, 0], obs + y[:, 1:]
 
@@ -248,7 +251,7 @@ class MetaModel(nn.Module):
         tokens, x = self.standardise(tokens, obs), self.standardise_step(obs, actions)
         deal = lambda t, dim: t.index_select(dim, rows.flatten()).unflatten(dim, rows.shape)
         return self.predict(deal(tokens, 1).transpose(0, 1), deal(mask, 1).transpose(0, 1),
-                            deal(x, 0),  # [E, L, B / E, D], [E, L, B / E], [E, B / E, O + A]
+                            deal(x, 0),  # [E, L, B / E, D], [E, L, B / E], [E, B / E, I]
                             self.chosen())
 
     def loss(self, tokens, mask, x, y):

@@ -36,7 +36,8 @@ class MetaPolicy(nn.Module):
     def __init__(self, obs_dim, act_dim, token_dim=None, widths=(400, 400), z_dim=5, gamma=0.99,
                  tau=0.005, lr=3e-4, alpha=None, target_entropy=None, layer_norm=False,
                  newest=False, changes=False, reward_scale=1.0, angles=()):
-        """alpha: a fixed temperature (1.0 is the paper's objective); None tunes it, from 0.1.
+        """token_dim: how much of a token (o, a, r) is seen, None is all.
+        alpha: a fixed temperature (1.0 is the paper's objective); None tunes it, from 0.1.
         layer_norm: in Q, which without it runs away upwards (docs/DEVIATIONS.md). newest: see
         HistoryNet; changes: see scale_tokens; angles: see scale. reward_scale: Q is of rewards
         times it."""
@@ -46,11 +47,10 @@ class MetaPolicy(nn.Module):
         self.obs_dim, self.act_dim, self.gamma, self.tau = O, A, gamma, tau
         self.reward_scale = reward_scale
         self.token_dim, self.changes = token_dim, changes and token_dim > 0
-        if token_dim:
-            token_dim += O * self.changes + len(angles)
-        O += len(angles)  # of what the nets read
-        self.actor = HistoryNet(1, token_dim, O, 2 * A, widths, z_dim, newest=newest)
-        self.qf = HistoryNet(2, token_dim, O + A, 1, widths, z_dim, layer_norm, newest)
+        read = token_dim and token_dim + O * self.changes + len(angles)  # see scale_tokens
+        seen = O + len(angles)
+        self.actor = HistoryNet(1, read, seen, 2 * A, widths, z_dim, newest=newest)
+        self.qf = HistoryNet(2, read, seen + A, 1, widths, z_dim, layer_norm, newest)
         self.qf_target = copy.deepcopy(self.qf).requires_grad_(False)
         add_statistics(self, obs_dim, A, angles)
         self.target_entropy = -A / 2 if target_entropy is None else target_entropy  # MBPO
@@ -131,8 +131,8 @@ class MetaPolicy(nn.Module):
         return (error**2).mean(-1).sum(), q.detach().mean(), error.detach().abs().mean()
 
     def actor_loss(self, batch, noise):
-        """J(phi) = E[alpha log pi(a|h) - min_i Q_i(a, h)], a ~ pi: KL(pi || exp(Q - V)) of Sec. 6.
-        """
+        """J(phi) = E[alpha log pi(a|h) - min_i Q_i(a, h)], a ~ pi; for alpha 1 it is the KL
+        divergence of Sec. 6."""
         history = batch.tokens[:-1], batch.mask[:-1], batch.split(self.obs_dim)[0]
         actions, logp = self.sample(*history, noise)
         q = self.q_values(self.qf, *history, actions).amin(0)  # [B]

@@ -6,8 +6,8 @@ A branch, for L = 3 and k = 2, leaving the real step t of an episode that began 
                          \\______ window _____/  o[t]                 h_t: L tokens, then o_t
     depth 0               x[t-3] x[t-2] x[t-1] | o[t]  -> y0      a ~ pi(h), (r, o') ~ p_theta(h, a)
     depth 1                      x[t-2] x[t-1]   y0    | o' -> y1 y = imagined token, r predicted
-    D_model   stores y0 and y1, each with t, its depth and the imagined tokens before it (y1: y0);
-              the real part of a window stays in D_env and is gathered when the row is sampled
+    D_model   stores y0 and y1, each with t, its depth and the k - 1 tokens before it (y0: x[t-1],
+              y1: y0); the rest of a window is real and is gathered from D_env when a row is sampled
 
 THE HISTORY CONTRACT (everything else refers to this)
   * token_i = (o_i, a_i, r_i): the observation, the action taken there, the reward it brought.
@@ -261,8 +261,8 @@ class ModelBuffer:
     STATE = ("tokens", "next_obs", "terminated", "origin", "depth", "living")  # by row
 
     def __init__(self, D_env, M, k, steps, terminated_fn):
-        """steps: env steps whose rollouts are kept. Later `self.k` may be set to anything from 1 to
-        this k, the one a row has room for."""
+        """steps: env steps whose rollouts are kept. A fork's schedule may set `self.k` to anything
+        from 1 to this k, the one a row has room for."""
         self.D_env, self.M, self.k, self.terminated_fn = D_env, M, k, terminated_fn
         self.longest = k
         self.own = min(k - 1, D_env.L)  # tokens before its own that a row holds
@@ -276,7 +276,7 @@ class ModelBuffer:
         self.depth = new(dtype=torch.long)
         self.living = new(dtype=torch.long)  # rows, per block the living first
         self.count = torch.zeros(self.blocks, dtype=torch.long, device=D_env.device)  # of these
-        self.sampled = self.blocks  # so many, the newest, are sampled from
+        self.sampled = self.blocks  # so many, the newest, are sampled from (full.py: fewer)
         self.written = 0  # blocks ever written
         self.sure = 0  # while fewer blocks are written, has_rows is known to be True
         self.stats = torch.zeros(3, device=D_env.device)  # for the log: imagined, ended, non-finite

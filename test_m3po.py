@@ -10,7 +10,8 @@
     10-12      G times: update the policy on a batch of D_model (here half of it of D_env)
 
 Shipped code is held against an independent slow version, or against fakes whose numbers a reader
-can check in the head (tests/conftest.py). Every other test stands in tests/, one file per module.
+can check in the head (tests/conftest.py). Nets are the paper's here; what ours read besides and
+every other test stands in tests/, one file per module.
 All of them: python -m pytest -q. This chapter alone: python -m pytest -q test_m3po.py
 """
 
@@ -160,7 +161,7 @@ def test_padding_has_exactly_no_effect_on_output_or_gradient(size):
 
 
 @pytest.mark.parametrize("model, moves", [("gru", True), ("mlp", False)])
-def test_only_the_meta_model_s_prediction_moves_with_the_history(model, moves):
+def test_the_meta_model_s_prediction_moves_with_the_history_and_m2po_s_does_not(model, moves):
     args, env, _ = parse(*TINY, "--model", model)
     policy, net = m3po.build(args, env, "cpu")
     obs, actions = torch.randn(6, 1), torch.rand(6, 1)
@@ -500,7 +501,7 @@ def test_adapting_is_z_moving_with_no_gradient_and_no_weight_changed():
 
 
 def test_an_agent_learns_to_adapt_on_the_toy_and_a_blind_one_cannot(tmp_path):
-    """Knowing the direction is worth 100, guessing it 0. A quarter of the default run."""
+    """Knowing the direction is worth 100, guessing it 0. A third of the default run."""
     flags = ["--N", "5", "--seed", "1", "--diagnose-every", "0"]
     for name, extra in (("sees", []), ("blind", ["--L", "0", "--G", "2", "--N", "3"])):
         m3po.main(*parse(*flags, *extra, "--out", tmp_path / name))

@@ -108,7 +108,7 @@ class AdaptiveModel(nn.Module):
         return y[..., 0], obs + y[..., 1:]
 
     def pairs(self, tokens, next_obs):
-        """Inputs [n, T, O + A] and targets [n, T, O + 1], standardised, of tokens [T, n, D]."""
+        """Inputs [n, T, O + A and a cosine per angle] and targets [n, T, O + 1], standardised, of tokens [T, n, D]."""
         y = torch.cat([tokens[..., -1:], next_obs - tokens[..., :self.obs_dim]], -1)
         x = scale(tokens[..., :-1], self.token_mean, self.token_std, self.angles)
         return x.transpose(0, 1), ((y - self.target_mean) / self.target_std).transpose(0, 1)

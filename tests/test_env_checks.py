@@ -145,6 +145,7 @@ def test_what_an_own_env_raises_keeps_its_traceback_below_a_line_that_names_the_
     (lambda next_obs: next_obs[..., 0], "NumPy array (3, 3) with array"),
     (lambda next_obs: np.asarray(next_obs)[..., 0] > 1, "torch array (3, 3) with array([False"),
     (lambda next_obs: next_obs.sum(-1) * 1.0, "NumPy array (3, 3) with array"),
+    (lambda next_obs: next_obs[:, 0] > 1, "NumPy array (2, 4, 3) with array"),
 ])
 def test_a_rule_that_gives_no_bool_per_row_is_refused_at_once(monkeypatch, rule, says):
     monkeypatch.setattr(Own, "terminated_fn", staticmethod(rule), raising=False)

@@ -32,19 +32,33 @@ def wanted(*argv):
 
 
 def test_the_grid_has_seeds_outermost_and_methods_innermost_and_nothing_twice():
-    _, runs, made, _ = wanted("--envs", "point-fwd-bwd", "ant-fwd-bwd", "--methods", "pearl", "k2",
+    _, runs, made, _ = wanted("--envs", "point-fwd-bwd", "ant-fwd-bwd", "--methods", "pearl", "k5",
                               "pearl", "--seeds", 3, 0, 3, "--out", "o", "--results", "r")
     assert [str(run) for run in runs] == [
         f"{env}/{method}/seed{seed}" for seed in (3, 0) for env in ("point-fwd-bwd", "ant-fwd-bwd")
-        for method in ("pearl", "k2")]
+        for method in ("pearl", "k5")]
     assert list(made) == ["point-fwd-bwd", "ant-fwd-bwd"]
-    assert [runs[1].folder, runs[1].result] == [Path(place, "point-fwd-bwd/k2/seed3")
+    assert [runs[1].folder, runs[1].result] == [Path(place, "point-fwd-bwd/k5/seed3")
                                                 for place in "or"]
-    assert [run.wanted["k"] for run in runs[1::2]] == [2] * 4 and runs[2].wanted["N"] == 200
+    assert [run.wanted["k"] for run in runs[1::2]] == [5] * 4 and runs[2].wanted["N"] == 200
     tagged = wanted("--methods", "k2", "--seeds", 3, "--tag", "wide", "--", "--width", 99)[1]
     assert str(tagged[0].result) == "results/point-fwd-bwd/k2-wide/seed3"
     with_defaults = wanted()[1]
     assert len(with_defaults) == 65 and with_defaults[-1].method.label == "oracle"
+
+
+def test_a_method_whose_flags_are_an_envs_defaults_is_not_trained_twice(capsys):
+    _, runs, _, left_out = wanted("--envs", "point-fwd-bwd", "ant-fwd-bwd", "--methods", "m3po",
+                                  "k1", "k2", "--seeds", 0, 1)
+    assert [str(run) for run in runs[:4]] == [
+        f"{name}/seed0" for name in ("point-fwd-bwd/m3po", "point-fwd-bwd/k2", "ant-fwd-bwd/m3po",
+                                     "ant-fwd-bwd/k1")]
+    assert left_out == ["Left out: k=1 in point-fwd-bwd, where it is M3PO itself.",
+                        "Left out: k=2 in ant-fwd-bwd, where it is M3PO itself."]
+    with pytest.raises(SystemExit):
+        wanted("--envs", "ant-fwd-bwd", "--methods", "k2")
+    assert capsys.readouterr().err.endswith("error: Left out: k=2 in ant-fwd-bwd, where it is M3PO "
+                                            "itself.\n")
 
 
 def test_a_flag_that_a_method_does_not_have_is_left_out_there_and_that_is_said():

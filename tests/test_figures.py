@@ -116,6 +116,11 @@ def test_a_variant_is_named_by_what_differs_from_the_defaults(flags, name):
         name.split(", "))
 
 
+def test_full_rollouts_are_called_full_where_branches_have_two_steps():
+    args = vars(m3po.parse_args(["--env", "ant-fwd-bwd", "--rollout", "full"])[0])
+    assert figures.variant(differences(args)) == "Full"
+
+
 def test_settings_that_all_runs_share_stand_in_the_title(tmp_path):
     runs = [fake_run(tmp_path / "a", G=9), fake_run(tmp_path / "b", seed=1, G=9),
             fake_run(tmp_path / "c", G=9, k=5)]
@@ -129,6 +134,10 @@ def test_settings_that_all_runs_share_stand_in_the_title(tmp_path):
     assert figures.read_runs([*runs, planner])[1] == titles
     assert "point-fwd-bwd" == figures.read_runs([*runs, fake_run(tmp_path / "e", seed=2)])[1][
         "point-fwd-bwd"]
+    sac = fake_run(tmp_path / "h", M=9, beta=0.0)  # has no M either
+    groups, titles = figures.read_runs([fake_run(tmp_path / "i", M=9), sac])
+    assert titles == {"point-fwd-bwd": "point-fwd-bwd\nM = 9"}
+    assert set(groups["point-fwd-bwd"]) == {"M3PO", "recurrent SAC"}
     off = [fake_run(tmp_path / "f", reset_every=None, env="halfcheetah-fwd-bwd"),
            fake_run(tmp_path / "g", reset_every=250, env="halfcheetah-fwd-bwd")]
     assert "reset" not in figures.read_runs(off)[1]["halfcheetah-fwd-bwd"]  # None is a value too

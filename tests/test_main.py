@@ -106,6 +106,7 @@ def test_reset_every_shortens_the_episodes_of_training_alone_and_never_cuts_the_
     assert D_env["age"][:40].tolist() == [i % 7 for i in range(40)]
     assert not D_env["terminated"][:40].any()
     assert [row["length"] for row in read_rows(folder, "eval.csv")] == ["100"] * 2
+    assert parse("--env", "ant-fwd-bwd", "--reset-every", 0)[0].reset_every is None
 
 
 def test_episodes_of_one_step_and_a_constant_observation_train(run_env, tmp_path):

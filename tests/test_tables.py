@@ -20,7 +20,8 @@ from tests.conftest import fake_run
 @pytest.mark.parametrize("slug", tables.METHODS)
 def test_a_method_of_the_experiments_is_the_variant_that_figures_name(slug):
     method = tables.METHODS[slug]
-    args = vars(m3po.parse_args(method.flags.split(), method.program)[0])
+    env = "ant-fwd-bwd" if slug == "k1" else "point-fwd-bwd"  # where it is not the default
+    args = vars(m3po.parse_args([*method.flags.split(), "--env", env], method.program)[0])
     named = figures.variant(differences(args), method.program)
     assert named.replace(" ", "").startswith(method.label.replace(" ", ""))
     assert (named == "M3PO") == (slug == "m3po")
