@@ -390,7 +390,7 @@ def adaptation(args):
                       str(steps or "-")))
     summary(groups)
     print_table(("env", "variant", "switches", "reward before", "in the 5 steps after",
-                 "steps to 90 % of it"), *table)
+                 "steps to 90 % of the way back"), *table)
     axes[0].axvline(0, color="black", lw=1, ls="--")
     axes[0].set_title(titles[env], fontsize=9)
     axes[0].set(xlabel="env steps since the hidden task switched", ylabel="reward per env step")

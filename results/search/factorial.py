@@ -59,6 +59,8 @@ def effects(x, y):
 
 def main():
     if "--commands" in sys.argv:
+        print("# At commit 24f2c9f, whose defaults these change. What it wrote to\n"
+              "# results/search/halfcheetah-fwd-bwd lies in results/search/learned-bounds now.")
         for patches, command in commands():
             print(f"{patches or 'no patch'} | {command}")
         return
