@@ -141,9 +141,10 @@ def check_rule(name, env, obs):
 
 def task_size(name, *infos):
     """How many numbers the task has in the infos of reset and step."""
-    tasks = [np.asarray(info.get("task")) for info in infos]
+    shown = [info.get("next_task", info.get("task")) for info in infos]
+    tasks = [np.asarray(task) for task in shown]
     if not all(task.dtype.kind in "fiub" and task.ndim <= 1 and task.size for task in tasks) or (
             tasks[0].size != tasks[1].size):
-        raise EnvError(f"{name}: oracle needs info['task'] from reset and step, a number or a "
-                       f"vector, got {' and '.join(said(info.get('task')) for info in infos)}")
+        raise EnvError(f"{name}: oracle needs info['task'] or info['next_task'] from reset and "
+                       f"step, a number or a vector, got {' and '.join(map(said, shown))}")
     return tasks[0].size

@@ -587,7 +587,7 @@ class TaskObservation(gym.Wrapper):
         )
 
     def shown(self, obs, info):
-        task = np.atleast_1d(np.asarray(info.get("next_task", info["task"]), np.float32))
+        task = np.atleast_1d(np.asarray(info.get("next_task", info.get("task")), np.float32))
         return np.concatenate((obs, task))
 
     def reset(self, *, seed=None, options=None):

@@ -152,14 +152,6 @@ class EnvBuffer:
         mask = lags <= (self.length(rows) if length is None else length)
         return self.gather(rows - lags, mask), mask
 
-    def ahead(self, rows, K):
-        """The K rows from absolute rows [B] on, [K, B], and a mask that is True as far as their
-        episodes go and are written. The first always is."""
-        steps = torch.arange(K, device=self.device)[:, None]
-        ahead = rows + steps
-        age = take(self.age, (ahead % self.capacity).flatten()).view(ahead.shape)
-        return ahead, (ahead < self.total) & (age == age[0] + steps)
-
     def live_window(self):
         """The history of the step about to be taken: tokens [L, 1, D], mask [L, 1]."""
         row = torch.full((1,), self.total, device=self.device)

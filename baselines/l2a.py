@@ -70,6 +70,15 @@ def add_flags(add):
 # ---- the net that adapts ------------------------------------------------------------------------
 
 
+def rows_ahead(D_env, rows, K):
+    """The K rows from absolute rows [n] on, [K, n], and a mask that is True as far as their
+    episodes go and are written. The first always is."""
+    steps = torch.arange(K, device=D_env.device)[:, None]
+    ahead = rows + steps
+    age = take(D_env.age, (ahead % D_env.capacity).flatten()).view(ahead.shape)
+    return ahead, (ahead < D_env.total) & (age == age[0] + steps)
+
+
 class AdaptiveModel(nn.Module):
     """f_theta: (o, a) -> (r, o' - o), all standardised by D_env's statistics. Three verbs: `adapt`
     to a window, `predict` with the weights that gives, `fit` theta so that adapting helps."""
@@ -108,7 +117,8 @@ class AdaptiveModel(nn.Module):
         return y[..., 0], obs + y[..., 1:]
 
     def pairs(self, tokens, next_obs):
-        """Inputs [n, T, O + A and a cosine per angle] and targets [n, T, O + 1], standardised, of tokens [T, n, D]."""
+        """Inputs [n, T, O + A and a cosine per angle] and targets [n, T, O + 1], standardised, of
+        tokens [T, n, D]."""
         y = torch.cat([tokens[..., -1:], next_obs - tokens[..., :self.obs_dim]], -1)
         x = scale(tokens[..., :-1], self.token_mean, self.token_std, self.angles)
         return x.transpose(0, 1), ((y - self.target_mean) / self.target_std).transpose(0, 1)
@@ -142,7 +152,7 @@ class AdaptiveModel(nn.Module):
         those of the K from there on that are not in the hold-out.
         No window crosses an episode's end; one may cross a task switch."""
         tokens, mask = D_env.window(rows)
-        ahead, scored = D_env.ahead(rows, K)
+        ahead, scored = rows_ahead(D_env, rows, K)
         future = D_env.gather(ahead, scored)
         slots = (torch.where(scored, ahead, 0) % D_env.capacity).flatten()
         next_obs = take(D_env.next_obs, slots).view(*ahead.shape, -1)

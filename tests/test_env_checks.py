@@ -224,9 +224,10 @@ def test_a_wrapper_that_hides_from_the_rule_what_it_is_about_is_refused(monkeypa
     assert envs.terminated_fn(envs.make("DoubleWithRule-v0")) == DoubleWithRule.terminated_fn
 
 
-@pytest.mark.parametrize("task", [2.0, np.array([1.0, -1.0]), [True]])
-def test_an_own_env_that_names_its_task_has_an_oracle(monkeypatch, task):
-    info = {"task": task}
+@pytest.mark.parametrize("task, name", [
+    (2.0, "task"), (np.array([1.0, -1.0]), "task"), ([True], "task"), (2.0, "next_task")])
+def test_an_own_env_that_names_its_task_has_an_oracle(monkeypatch, task, name):
+    info = {name: task}
     monkeypatch.setattr(Own, "terminated_fn", lambda self, o: o[..., -1] > 0.05, raising=False)
     monkeypatch.setitem(gym.registry["Own-v0"].kwargs, "reset_info", info)
     monkeypatch.setitem(gym.registry["Own-v0"].kwargs, "info", info)

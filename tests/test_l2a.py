@@ -9,7 +9,7 @@ import figures
 import m3po
 import play
 from baselines import l2a
-from baselines.l2a import AdaptiveModel, Mppi
+from baselines.l2a import AdaptiveModel, Mppi, rows_ahead
 from envs import never
 from rollouts import EnvBuffer
 from tests.conftest import assert_same_run, fill, read_rows
@@ -163,7 +163,7 @@ def test_no_window_crosses_an_episodes_end_and_the_future_is_what_followed(capac
     D_env, K = EnvBuffer(capacity, 3, 1, L=3), 4
     log = fill(D_env, 230)
     rows = D_env.kept()
-    ahead, mask = D_env.ahead(rows, K)
+    ahead, mask = rows_ahead(D_env, rows, K)
     tokens = D_env.gather(ahead, mask)
     crossed_a_switch = False
     for b, row in enumerate(rows.tolist()):
