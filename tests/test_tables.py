@@ -136,6 +136,11 @@ def test_a_variant_stands_beside_its_control_with_welchs_interval(tmp_path, caps
     compare.main([str(tmp_path / "control"), str(tmp_path / "short")])
     said = capsys.readouterr().out
     assert "After 3,000 env steps" in said and "| 33.3, 34.7, 38.0 |" in said
+    # Beside a run without a model the model's flags are no difference.
+    (tmp_path / "sac").mkdir()
+    fake_run(tmp_path / "sac" / "seed0", (1, 2, 3), 0, beta=0.0, M=9)
+    compare.main([str(tmp_path / "control"), str(tmp_path / "sac")])
+    assert "| sac | `--beta 0` | 0 |" in capsys.readouterr().out
 
 
 def test_a_comparison_shows_flags_as_they_are_typed():
