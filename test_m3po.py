@@ -453,9 +453,9 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    [], ["--env", "halfcheetah-fwd-bwd"], ["--env", "ant-crippled-leg", "--k", 3],
-    ["--rollout", "full"], ["--env", "walker2d-randomparams", "--model", "mlp"],
-    ["--hybrid", 1, 3]])
+    [], ["--env", "halfcheetah-fwd-bwd", "--reset-every", 30],  # saved after 80 env steps
+    ["--env", "ant-crippled-leg", "--k", 3], ["--rollout", "full"],
+    ["--env", "walker2d-randomparams", "--model", "mlp"], ["--hybrid", 1, 3]])
 def test_stopping_and_resuming_equals_never_stopping(flags, tmp_path):
     flags += ["--eval-every", 2, "--eval-episodes", 1]
     a = run(tmp_path / "a", *flags, "--N", 4)
