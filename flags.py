@@ -218,7 +218,8 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
     add("--E", "--steps-per-epoch", type=count, metavar="STEPS", help="env steps per epoch")
     add("--M", "--model-rollouts", type=count, metavar="ROLLOUTS",
         help="model rollouts per env step")
-    add("--k", "--rollout-length", type=count, metavar="STEPS", help="model steps per rollout; the paper: 1")
+    add("--k", "--rollout-length", type=count, metavar="STEPS",
+        help="model steps per rollout; the paper: 1")
     add("--B", "--ensemble-size", type=in_range(int, 1, 1_000), metavar="MEMBERS",
         help="of the meta-model")
     add("--z-dim", type=count, metavar="UNITS", help="of z")

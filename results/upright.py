@@ -46,7 +46,7 @@ def measure(folder):
 
 
 if __name__ == "__main__":
-    print("| agent | return | standard deviation | on the back | else: reward per step | right way |\n"
-          "|---|---|---|---|---|---|")
+    print("| agent | return | standard deviation | on the back | else: reward per step "
+          "| right way |\n|---|---|---|---|---|---|")
     for name in sys.argv[1:]:
         print("| {} | {:.0f} | {:.0f} | {:.2f} | {:.2f} | {:.2f} |".format(name, *measure(name)))
