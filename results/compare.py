@@ -18,7 +18,7 @@ import numpy as np
 from scipy import stats
 
 from figures import FigureError, known_mean, read_run, with_interval
-from flags import CHANGES_NO_LEARNING, OneLineParser, in_range, unused
+from flags import CHANGES_NO_LEARNING, OneLineParser, defaults, in_range, unused
 from tables import commits, read_config, text
 
 HEADER = ("| variant | flags | seeds | last five evaluations, by seed | mean | minus the control's "
@@ -75,9 +75,10 @@ class Variant:
         mine, other = self.runs[0].flags, control.runs[0].flags
         if mine["method"] != other["method"]:
             return "-"
-        idle = CHANGES_NO_LEARNING | unused(mine) | unused(other)
+        default = defaults(mine["env"], mine["method"])
+        other = other | {name: default[name] for name in unused(other)}  # what it has no use for
         differ = [typed(name, value) for name, value in mine.items()
-                  if name not in idle and value != other.get(name)]
+                  if name not in CHANGES_NO_LEARNING | unused(mine) and value != other.get(name)]
         return f"`{' '.join(differ)}`" if differ else "-"
 
 

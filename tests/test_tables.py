@@ -141,6 +141,12 @@ def test_a_variant_stands_beside_its_control_with_welchs_interval(tmp_path, caps
     fake_run(tmp_path / "sac" / "seed0", (1, 2, 3), 0, beta=0.0, M=9)
     compare.main([str(tmp_path / "control"), str(tmp_path / "sac")])
     assert "| sac | `--beta 0` | 0 |" in capsys.readouterr().out
+    (tmp_path / "m2po").mkdir()
+    fake_run(tmp_path / "m2po" / "seed0", (1, 2, 3), 0, model="mlp")
+    compare.main([str(tmp_path / "sac"), str(tmp_path / "m2po"), str(tmp_path / "control")])
+    said = capsys.readouterr().out
+    assert "| m2po | `--model mlp --beta 0.5` | 0 |" in said
+    assert "| control | `--beta 0.5` | 0 1 2 |" in said
 
 
 def test_a_comparison_shows_flags_as_they_are_typed():
