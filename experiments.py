@@ -120,6 +120,10 @@ def grid(args, extra, parser):
     programs = dict.fromkeys(method.program for method in methods)
     common, left_out = common_flags(programs, extra, parser)
     left_out += overruled(methods, extra)
+    twins = [(method, env) for method in methods for env in args.envs
+             if changes_nothing(method, env)]
+    left_out += [f"Left out: {method.label} in {env}, where it is M3PO itself."
+                 for method, env in twins]
     tag = f"-{args.tag}" if args.tag else ""
     for seed in args.seeds:
         for env in args.envs:
@@ -135,13 +139,11 @@ def grid(args, extra, parser):
                 if env not in made:
                     made[env] = m3po.parse_args(run.flags(), method.program)[1]
                 run.wanted = vars(wanted)
-                if changes_nothing(method, env):
-                    left_out.append(f"Left out: {method.label} in {env}, where it is M3PO itself.")
-                else:
+                if (method, env) not in twins:
                     runs.append(run)
     if not runs:
-        parser.error(" ".join(dict.fromkeys(left_out)))
-    return runs, made, list(dict.fromkeys(left_out))
+        parser.error(" ".join(left_out))
+    return runs, made, left_out
 
 
 def command(run, args):

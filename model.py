@@ -107,9 +107,9 @@ def gaussian_nll(mean, logvar, target):
 def scale(x, mean, std, angles):
     """Inputs x [..., n] as the nets read them: standardised by the first n of mean and std and
     clipped at 10. Of the dims in `angles` [k], radians without bounds, they read sine and cosine
-    instead, the cosines in front, scaled by
-    sqrt 2, which is right where all angles are equally frequent: D_env's own mean and std jump
-    when a robot first falls over, under nets that have learned with the old ones."""
+    instead, the cosines in front, scaled by sqrt 2, which is right where all angles are equally
+    frequent: D_env's own mean and std jump when a robot first falls over, under nets that have
+    learned with the old ones."""
     n = x.shape[-1]
     scaled = (x - mean[:n]).div_(std[:n]).clamp_(-10, 10)
     if not len(angles):
