@@ -26,8 +26,9 @@ def own_code(name, where):
         yield
     except EnvError:
         raise
-    except Exception:
+    except Exception as error:
         print(f"{name}: the env's own code failed in {where}", file=sys.stderr, flush=True)
+        error.add_note(f"in the own code of {name}")  # by which play.load knows it
         raise
 
 
@@ -62,8 +63,9 @@ def check_env(name, env, oracle):
         env = env.env
     shape = env.observation_space.shape
     parameters = inspect.signature(env.unwrapped.reset).parameters.values()
-    if not any(p.name == "seed" or p.kind == p.VAR_KEYWORD for p in parameters):
-        raise EnvError(f"{name}: old API: reset must take a seed and return (obs, info)")
+    if not {"seed", "options"} <= {p.name for p in parameters} and not any(
+            p.kind == p.VAR_KEYWORD for p in parameters):
+        raise EnvError(f"{name}: old API: reset must take seed and options and return (obs, info)")
     with own_code(name, "its first reset"):
         first = env.reset(seed=0)
     if not (isinstance(first, tuple) and len(first) == 2):
@@ -84,6 +86,7 @@ def check_env(name, env, oracle):
                                       ("truncated", result[3], "biu", "a bool")):
         if np.asarray(value).shape != () or np.asarray(value).dtype.kind not in kinds:
             raise EnvError(f"{name}: step returned {said(value)} as {what}; M3PO needs {needs}")
+    check_adapting(name, env, result[4])
     check_rule(name, env, first[0])
     return task_size(name, first[1], result[4]) if oracle else 0
 
@@ -114,6 +117,21 @@ def check_spaces(name, observation_space, action_space):
         i = empty[0]
         raise EnvError(f"{name}: action dimension {i} reaches from {action_space.low[i]:g} to "
                        f"{action_space.high[i]:g}; M3PO needs low < high")
+
+
+def check_adapting(name, env, info):
+    """What evaluation reads to say how the agent adapts, where the env has it."""
+    for key in ("steps_since_switch", "switched", "right_way"):
+        if info.get(key) is None:
+            continue
+        value = np.asarray(info[key])
+        if value.shape != () or value.dtype.kind not in "fiub":
+            raise EnvError(f"{name}: step returned {said(info[key])} as info[{key!r}]; M3PO needs "
+                           "a number or a bool")
+    every = getattr(env.unwrapped, "switch_every", None)
+    if every is not None and not (isinstance(every, (int, np.integer)) and every >= 1):
+        raise EnvError(f"{name}: its switch_every is {said(every)}; M3PO needs a whole number of "
+                       "env steps, or None")
 
 
 def check_rule(name, env, obs):

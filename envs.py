@@ -35,7 +35,8 @@ plots and tests):
                                 episode, then 1, 2, ...; 0 at reset
     info["x_velocity"]          vx (not in the toy)
     info["right_way"]           dir * vx > 0, in the toy dir * a > 0 (only where dir is the task)
-    info["fault"]               only if the simulator failed in this step: the reason
+    info["fault"]               only if the simulator failed in this step: the reason. What an own
+                                env says here is taken for that
 
 `make(name)` gives the env as the rest of M3PO wants it: flat float32 observations, actions in
 [-1, 1]. Your own env: `make("my_module:MyEnv-v0")`, see README.
@@ -520,20 +521,21 @@ class HumanoidDirec(HiddenTaskMujoco, HumanoidEnv):
 # ------------------------------------------------------------------------------------- wrappers
 
 
+SELF_RESETS = [getattr(mujoco.mjtWarning, f"mjWARN_BAD{kind}") for kind in ("QPOS", "QVEL", "QACC")]
+
+
 class FaultGuard(gym.Wrapper):
     """Ends the episode when the simulator fails, so that no bad number reaches the agent.
 
-    A fault is a non-finite observation or reward, or MuJoCo resetting itself after instability.
-    Then step returns the previous observation, reward 0, terminated False, truncated True and
-    info["fault"] = the reason. The caller drops that transition, counts it, and resets.
+    A fault is a non-finite observation or reward, MuJoCo resetting itself after instability, or
+    what the env itself calls one: a true info["fault"]. Then step returns the previous observation,
+    reward 0, terminated False, truncated True and info["fault"] = the reason. The
+    caller drops that transition, counts it, and resets.
     """
 
     def __init__(self, env):
         super().__init__(env)
-        data = getattr(env.unwrapped, "data", None)
-        kinds = ("BADQPOS", "BADQVEL", "BADQACC") if isinstance(data, mujoco.MjData) else ()
-        # Live views of MuJoCo's counters of self-resets.
-        self.counters = [data.warning[getattr(mujoco.mjtWarning, f"mjWARN_{k}")] for k in kinds]
+        self.name = env.spec.id if env.spec else str(env)
         self.foreseen = terminated_fn(env)
         self.no_rule = "its terminated_fn did not say so" if termination_known(env) else (
             "it has no terminated_fn")
@@ -541,22 +543,36 @@ class FaultGuard(gym.Wrapper):
     def reset(self, *, seed=None, options=None):
         self.last_obs, info = self.env.reset(seed=seed, options=options)
         if not np.isfinite(self.last_obs).all():
-            raise EnvError(f"{self.env}: reset returned a non-finite observation")
-        self.self_resets = sum(counter.number for counter in self.counters)
+            raise EnvError(f"{self.name}: reset returned a non-finite observation")
+        self.self_resets = self.count_self_resets()
         return self.last_obs, info
 
+    def count_self_resets(self):
+        """MuJoCo's own count, of the simulation as it is now: an env may load its model anew."""
+        data = getattr(self.env.unwrapped, "data", None)
+        return sum(data.warning[kind].number for kind in SELF_RESETS) if (
+            isinstance(data, mujoco.MjData)) else 0
+
     def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        if not abs(reward) <= FLOAT32_MAX:  # as which it is stored; NaN is not <= either
+        # A copy: an env that changes the array it is given would change the data of the agent.
+        obs, reward, terminated, truncated, info = self.env.step(np.array(action))
+        fault = info.pop("fault", None)
+        if fault:
+            fault = str(fault)
+        elif not abs(reward) <= FLOAT32_MAX:  # as which it is stored; NaN is not <= either
             fault = "non-finite reward"
         elif not np.isfinite(obs).all():
             fault = "non-finite observation"
-        elif sum(counter.number for counter in self.counters) > self.self_resets:
+        elif self.count_self_resets() > self.self_resets:
             fault = "MuJoCo reset itself after instability"
         else:
-            if terminated and not self.foreseen(obs[None])[0]:
-                say_once(f"{self.spec.id if self.spec else self.env} terminated, but "
-                         f"{self.no_rule}: imagined branches will not end where episodes do")
+            foreseen = self.foreseen(obs[None])[0]
+            if terminated and not foreseen:
+                say_once(f"{self.name} terminated, but {self.no_rule}: imagined branches will not "
+                         "end where episodes do")
+            elif foreseen and not terminated:
+                say_once(f"{self.name} did not terminate where its terminated_fn says that it "
+                         "does: imagined branches end where episodes go on")
             self.last_obs = obs
             return obs, reward, terminated, truncated, info
         info["fault"] = fault
@@ -578,6 +594,7 @@ class TaskObservation(gym.Wrapper):
 
     def __init__(self, env, task_dim, limit):
         super().__init__(env)
+        self.task_dim = task_dim
         if termination_known(env):
             rule, O = terminated_fn(env), env.observation_space.shape[0]
             self.terminated_fn = lambda next_obs: rule(next_obs[..., :O])  # the task stands behind
@@ -588,6 +605,9 @@ class TaskObservation(gym.Wrapper):
 
     def shown(self, obs, info):
         task = np.atleast_1d(np.asarray(info.get("next_task", info.get("task")), np.float32))
+        if len(task) != self.task_dim:
+            raise EnvError(f"{self.env.name}: info says a task of {len(task)} numbers, where the "
+                           f"first had {self.task_dim}")
         return np.concatenate((obs, task))
 
     def reset(self, *, seed=None, options=None):
@@ -662,10 +682,21 @@ def make(name, switch_every=None, oracle=False, render_mode=None):
         # Some envs return float64 whatever their space says, or an array that they change later.
         flat = Box(-np.inf, np.inf, env.observation_space.shape, np.float32)
         env = TransformObservation(env, lambda obs: np.array(obs, np.float32), flat)
-        if time_limit(env) is None:
-            env = TimeLimit(env, 1_000)  # else evaluation might never end
+        if not is_limited(env):  # else evaluation might never end
+            env = TimeLimit(env, time_limit(env) or 1_000)
+    bounds = env.action_space
     env = FaultGuard(with_unit_actions(env))
+    env.action_bounds = bounds  # what -1 and 1 stand for, after an own env's wrappers
     return TaskObservation(env, task_dim, limit) if oracle else env
+
+
+def is_limited(env):
+    """Whether a wrapper ends its episodes; an env that only has a limit may not keep to it."""
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, TimeLimit):
+            return True
+        env = env.env
+    return False
 
 
 def time_limit(env):

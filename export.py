@@ -58,12 +58,12 @@ def write(policy, env, run, path):
         program = torch.onnx.export(Step(policy.eval()), inputs, dynamo=True, verbose=False,
                                     input_names=["state", "obs", "reward"],
                                     output_names=["action", "next_state"])
-    space = env.unwrapped.action_space
+    bounds = env.get_wrapper_attr("action_bounds")
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces, with this machine's paths
     program.model.metadata_props.update(
-        env=run.env, action_low=json.dumps(space.low.tolist()),
-        action_high=json.dumps(space.high.tolist()))
+        env=run.env, action_low=json.dumps(bounds.low.tolist()),
+        action_high=json.dumps(bounds.high.tolist()))
     program.save(path, external_data=False)
     shapes = [list(x.shape) for x in inputs]
     return (f"written      {path}: state {shapes[0]}, obs {shapes[1]}, reward {shapes[2]} -> "

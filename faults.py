@@ -8,12 +8,17 @@
 
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import torch
 
 from checkpoint import CheckpointError
+from env_checks import EnvError
 from flags import program
+
+
+# What torch says, of a GPU and of a CPU on Linux and Windows. An env's error may speak of memory.
+NO_MEMORY = "out of memory", "can't allocate memory", "not enough memory"
 
 
 class StopSignals:
@@ -56,8 +61,8 @@ def diverged(error):
 def out_of_memory(error):
     """torch's own class for it exists on GPUs alone."""
     first_line = str(error).partition("\n")[0]
-    return (isinstance(error, MemoryError)
-            or isinstance(error, RuntimeError) and "memory" in first_line)
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and any(
+        words in first_line for words in NO_MEMORY)
 
 
 def in_a_line(error):
@@ -97,7 +102,7 @@ def in_one_line(method):
     try:
         yield
     except Exception as error:
-        if not in_a_line(error):
+        if not (in_a_line(error) or isinstance(error, EnvError)):
             raise
         message = str(error).partition("\n")[0] or "out of memory"
         if out_of_memory(error):
@@ -112,7 +117,7 @@ def in_one_line(method):
 def run(method, main, args, env, state):
     """main(args, env, state) as a program: with what stopped it in one line and the exit status."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # again: see the program's first lines
-    with in_one_line(method):
+    with in_one_line(method), closing(env):
         number = main(args, env, state)
     if number:
         print(f"stopped and saved; go on with: {resume_command(args)}")

@@ -229,6 +229,9 @@ class Log:
             n = sum(progress.faults.values())
             self.say(f"faults       {n} env steps dropped in this epoch, each ended its episode: "
                      f"{reasons}")
+        if row.get("eval_faults"):
+            self.say(f"faults       in {row['eval_faults']} of {self.args.eval_episodes} episodes "
+                     "of this evaluation, which ended there")
 
     def end(self):
         """The last lines of a run that reached its end."""

@@ -205,6 +205,8 @@ def load(folder):
     except (checkpoint.CheckpointError, envs.EnvError) as error:
         raise PlayError(str(error)) from error
     except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        if hasattr(error, "__notes__"):  # not of the file, but of an own env's code
+            raise
         reason = " ".join(str(error).split())[:160]
         raise PlayError(f"{file} does not fit this version of M3PO: {reason}") from error
 

@@ -2,7 +2,8 @@
 several envs one more, in which they share a scale.
 
 METHODS are the rows there may be. What stands in them was read from progress.csv and config.json of
-finished runs; the column of seeds says which have ended. Only the zero action is played for them.
+finished runs; the column of seeds says which have ended. Only the zero action and random ones are
+played for them.
 """
 
 import json
@@ -18,6 +19,9 @@ import envs
 import figures
 import m3po
 from evaluation import Group, early_steps, evaluate, summarise
+
+
+REFERENCE_EPISODES = 20  # of the zero action and of random ones
 
 
 class Method(NamedTuple):
@@ -64,23 +68,26 @@ def closed_form(env):
             f"(1 - 1/{every}) = {(T - 1) * (1 - 1 / every):.2f} if not, 0 if blind to history.")
 
 
-class ZeroAction:
-    """The policy that does nothing: in the middle of each action's bounds."""
+class NoPolicy:
+    """Learns nothing: it acts at random, or not at all, in the middle of each action's bounds."""
 
-    def __init__(self, env):
-        self.act_dim = env.action_space.shape[0]
+    def __init__(self, env, at_random):
+        self.act_dim, self.at_random = env.action_space.shape[0], at_random
+        self.generator = torch.Generator().manual_seed(0)
 
     def act(self, tokens, mask, obs, deterministic):
-        return torch.zeros(len(obs), self.act_dim)
+        uniform = 2 * torch.rand(len(obs), self.act_dim, generator=self.generator) - 1
+        return self.at_random * uniform
 
 
-def play_nothing(flags):
-    """What an evaluation of the zero action finds with a run's flags, as {column: number}."""
+def play_references(flags):
+    """What evaluations of the zero action and of random ones find with a run's flags, each as
+    {column: number}."""
     args = Namespace(**flags)
-    with closing(Group([m3po.make_env(args) for _ in range(args.eval_episodes)])) as group:
-        env, env_seeds = group.envs[0], envs.seeds(0, 1, 0, args.eval_episodes)
-        episodes = evaluate(ZeroAction(env), group, env_seeds, args.L)
-        return summarise(episodes, args.gamma, early_steps(env))[2]
+    with closing(Group([m3po.make_env(args) for _ in range(REFERENCE_EPISODES)])) as group:
+        env, env_seeds = group.envs[0], envs.seeds(0, 1, 0, REFERENCE_EPISODES)
+        return [summarise(evaluate(NoPolicy(env, at_random), group, env_seeds, args.L), args.gamma,
+                          early_steps(env))[2] for at_random in (False, True)]
 
 
 def steps(run):
@@ -111,6 +118,12 @@ def reached(kept, half):
     return (f"{median:.1f}" if math.isfinite(median) else "never") + of
 
 
+def late_return(run):
+    """Mean return of the evaluations in the last quarter of a run's env steps."""
+    x, values = run.curve("eval_return_mean")
+    return values[x > 0.75 * x[-1]].mean()
+
+
 def row(runs, kept, usual, half):
     """A method's row: its runs of the grid in one env, and what is kept of those that ended. usual:
     a run of the first row, from which this one may differ in its length or evaluations."""
@@ -121,15 +134,24 @@ def row(runs, kept, usual, half):
     method, returns = runs[0].method, [run.curve("eval_return_mean")[1] for run in kept]
     less = f", after {steps(runs[0]):,} env steps" if steps(runs[0]) != steps(usual) else ""
     seldom = f", evaluated every {every:,}" if (every := between(runs[0])) != between(usual) else ""
+    shown = lambda values: figures.with_interval(values) if values else "-"
     return "| " + " | ".join([
         f"{method.label}: {method.shows}{less}{seldom}",
         f"`{method.flags}`" if method.flags else "-",
-        figures.with_interval([values[-1] for values in returns]) if kept else "-",
-        figures.with_interval([values.mean() for values in returns]) if kept else "-",
+        shown([values[-1] for values in returns]), shown([late_return(run) for run in kept]),
+        shown([values.mean() for values in returns]),
         reached(kept, half), mean("eval_right_way"),
         mean("eval_reward_after_switch") + " / " + mean("eval_reward_otherwise"),
         mean("model_explained_reward"),
         " ".join(str(run.flags["seed"]) for run in kept) or "-"]) + " |"
+
+
+def reference_row(name, found):
+    """Of play_references."""
+    return "| " + " | ".join([
+        name, "-", f"{found['eval_return_mean']:.1f}", "-", "-", "-", text(found["eval_right_way"]),
+        text(found["eval_reward_after_switch"]) + " / " + text(found["eval_reward_otherwise"]),
+        "-", "-"]) + " |"
 
 
 def read_config(folder):
@@ -147,10 +169,9 @@ def commits(configs):
                              for of_run in versions(config) if of_run.get("commit")})) or "unknown"
 
 
-def final_returns(twins, kept):
-    """{seed: last return} of a method's runs in one env that ended."""
-    return {run.seed: kept[run.folder].curve("eval_return_mean")[1][-1]
-            for run in twins if run.folder in kept}
+def late_returns(twins, kept):
+    """{seed: late_return} of a method's runs in one env that ended."""
+    return {run.seed: late_return(kept[run.folder]) for run in twins if run.folder in kept}
 
 
 def grouped(runs):
@@ -161,72 +182,77 @@ def grouped(runs):
     return by_method
 
 
-def means(by_method, kept):
-    """{method: mean of its last returns in one env}, of those with a run that ended."""
-    finals = {method: final_returns(twins, kept) for method, twins in by_method.items()}
-    return {method: np.mean(list(final.values())) for method, final in finals.items() if final}
-
-
 def best_return(by_method, kept):
-    """The highest mean of last returns; the oracle, a bound, is not in the running."""
-    return max((value for method, value in means(by_method, kept).items()
-                if method.slug != "oracle"), default=math.nan)
+    """The highest mean of late returns in one env, NaN where no run ended. Not in the running are
+    the oracle, a bound, and who has fewer than three seeds, or fewer than anybody has."""
+    found = [list(late_returns(twins, kept).values()) for method, twins in by_method.items()
+             if method.slug != "oracle"]
+    enough = min(3, max(map(len, found), default=1)) or 1
+    return max((np.mean(values) for values in found if len(values) >= enough), default=math.nan)
 
 
-def table(runs, kept, env, zero):
-    """Markdown of the runs in one env; kept: {run folder: figures.Run}; zero: of play_nothing.
-    Half the way is that from the zero action's return to the best method's last one."""
-    by_method, usual, low = grouped(runs), runs[0], zero["eval_return_mean"]
-    best = best_return(by_method, kept)
-    half = (low + best) / 2 if best > low else math.nan
-    nothing = " | ".join([
-        "zero action", "-", f"{low:.1f}", "-", "-",
-        text(zero["eval_right_way"]), text(zero["eval_reward_after_switch"]) + " / "
-        + text(zero["eval_reward_otherwise"]), "-", "-"])
+def table(runs, kept, env, zero, at_random):
+    """Markdown of the runs in one env; kept: {run folder: figures.Run}; the last two are of
+    play_references."""
+    by_method, usual = grouped(runs), runs[0]
+    half = (at_random["eval_return_mean"] + best_return(by_method, kept)) / 2
     return "\n".join([
         f"`{usual.env}`, {usual.wanted['eval_episodes']} episodes after {steps(usual):,} env "
-        "steps; means over seeds, those of returns with Student's 95 % interval. Half: half the "
-        "way from the zero action to the best method, the median over seeds."
-        f"{closed_form(env)}", "",
-        "| method | flags | final return | mean of all evaluations | 1,000 steps to half | right "
-        f"way | reward per step, first {early_steps(env)} after a switch / else | explained reward,"
-        " held out | seeds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "steps; means over seeds, those of returns with Student's 95 % interval. Late: mean of the "
+        "evaluations in the last quarter of the steps. Half: half the way from random actions to "
+        f"the best method's late return, the median over seeds.{closed_form(env)}", "",
+        "| method | flags | final return | late | mean of all evaluations | 1,000 steps to half | "
+        f"right way | reward per step, first {early_steps(env)} after a switch / else | explained "
+        "reward, held out | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(row(twins, [kept[run.folder] for run in twins if run.folder in kept], usual, half)
-          for twins in by_method.values()), f"| {nothing} |"]) + "\n"
+          for twins in by_method.values()),
+        reference_row("zero action", zero), reference_row("random actions", at_random)]) + "\n"
 
 
-def overview(runs, kept, zeros):
-    """Markdown of what the methods reach in all envs together; zeros: {env: return}. A return is
-    put on a scale on which the zero action is 0 and the env's best method 1; where no method is
-    better than the zero action, that is 1 and the lowest mean of a method 0. Of a seed's envs
-    stands the interquartile mean, of the seeds the mean, with its interval."""
+def overview(runs, kept, played):
+    """Markdown of what the methods reach in all envs together; played: {env: returns of the zero
+    action and of random ones}. A late return is put on a scale on which random actions are 0 and
+    the env's best method 1, which no env's bonus for staying upright can make small."""
     from scipy import stats
-    scaled, below = {}, []  # {method: {seed: [value per env]}}
-    for env, zero in zeros.items():
+    scaled, zeros, without = {}, [], []  # scaled: {method: {env: {seed: value}}}
+    for env, (zero, low) in played.items():
         by_method = grouped([run for run in runs if run.env == env])
-        low, high = zero, best_return(by_method, kept)
-        if high <= zero:
-            below.append(env)
-            low, high = min(means(by_method, kept).values()), zero
+        high = best_return(by_method, kept)
+        if not high > low:  # also where no run has ended
+            without.append(env)
+            continue
+        zeros.append((zero - low) / (high - low))
         for method, twins in by_method.items():
-            values = scaled.setdefault(method, {})
-            for seed, value in final_returns(twins, kept).items():
-                values.setdefault(seed, []).append((value - low) / (high - low))
-    rows = []
-    for method, by_seed in scaled.items():
-        whole = [stats.trim_mean(values, 0.25) for values in by_seed.values()
-                 if len(values) == len(zeros)]
-        shown = figures.with_interval(whole, 2) if whole else "-"
-        rows.append(f"| {method.label} | {shown} | {len(whole)} |")
-    middle = "interquartile mean" if len(zeros) > 3 else "mean"  # of three nothing can be cut off
-    but = f" In {' and '.join(below)} no method is better than the zero action: there that is 1, " \
-          "and 0 the lowest mean of a method." if below else ""
+            scaled.setdefault(method, {})[env] = {
+                seed: (value - low) / (high - low)
+                for seed, value in late_returns(twins, kept).items()}
+    known = [env for env in played if env not in without]
+    if not known:
+        return "In no env is a run above random actions.\n"
+    cut, rows = len(known) // 4, []  # at each end
+    over = lambda values: [np.mean(values), stats.trim_mean(values, 0.25)][:1 + (cut > 0)]
+    for method, by_env in scaled.items():
+        columns = [by_env.get(env, {}) for env in known]
+        whole = [[column[seed] for column in columns] for seed in columns[0]
+                 if all(seed in column for column in columns)]  # [seeds][envs]
+        per_seed = zip(*map(over, whole)) if whole else [()] * len(over(zeros))
+        rows.append([method.label, *(text(np.mean(list(column.values()))) if column else "-"
+                                     for column in columns),
+                     *(figures.with_interval(list(values), 2) if values else "-"
+                       for values in per_seed), str(len(whole))])
+    rows.append(["zero action", *map(text, zeros), *map(text, over(zeros)), "-"])
+    middle = ["interquartile mean"] * (cut > 0)
+    but = f" Interquartile: without the {cut} lowest and highest of its envs." * (cut > 0)
+    if without:
+        but += f" Without {', '.join(without)}, where no run is above random actions."
+    head = ["method", *known, "mean", *middle, "seeds"]
     return "\n".join([
-        f"All {len(zeros)} envs: final return on a scale from 0, the zero action, to 1, the best "
-        f"method's mean (an estimate itself); the {middle} over envs of each seed, then mean over "
-        f"the seeds that ended in all of them, and Student's 95 % interval.{but}", "",
-        f"| method | {middle} | seeds |", "|---|---|---|", *rows]) + "\n"
+        "All envs together: late returns on a scale from 0, random actions, to 1, the best "
+        "method's mean (an estimate itself), as means over seeds. Over the envs: of each seed that "
+        "ended in all of them, then the mean over those seeds, and Student's 95 % interval."
+        f"{but}", "",
+        *("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))]) + "\n"
 
 
 def tables(runs, kept, made, line, left_out):
@@ -243,12 +269,12 @@ def tables(runs, kept, made, line, left_out):
     head = (f"`{line}`: {' and '.join(sorted(machines))}, median "
             f"{np.median([run.seconds() for run in kept.values()]):.0f} s per run; "
             f"{'; '.join(sorted(used))}; commits {commits(configs)}.")
-    parts, zeros = [], {}
+    parts, played = [], {}
     for name, env in made.items():
         of_env = [run for run in runs if run.env == name]
-        zero = play_nothing(of_env[0].wanted)
-        parts.append(table(of_env, kept, env, zero))
-        zeros[name] = zero["eval_return_mean"]
+        references = play_references(of_env[0].wanted)
+        parts.append(table(of_env, kept, env, *references))
+        played[name] = [found["eval_return_mean"] for found in references]
     if len(made) > 1:
-        parts.append(overview(runs, kept, zeros))
+        parts.append(overview(runs, kept, played))
     return "\n".join([" ".join([head, *left_out]) + "\n", *parts])

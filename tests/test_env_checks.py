@@ -26,6 +26,7 @@ class Own(gym.Env):
         self.observation_space = obs or Box(-np.inf, np.inf, (3,), np.float64)
         self.action_space = action or Box(-1, 1, (2,), np.float32)
         self.old_step, self.old_reset, self.bad, self.says = old_step, old_reset, bad, says
+        self.switch_every = says.get("switch_every")
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -81,6 +82,10 @@ def make_own(monkeypatch, **kwargs):
         ({"truncated": "no"}, "'no' as truncated"),
         ({"info": None}, "step returned None as info"),
         ({"reset_info": None}, "reset returned None as info"),
+        ({"info": {"right_way": "yes"}}, "step returned 'yes' as info['right_way']"),
+        ({"info": {"switched": np.array([True])}}, "array([ True]) as info['switched']"),
+        ({"switch_every": 30.0}, "its switch_every is 30.0"),
+        ({"switch_every": 0}, "its switch_every is 0"),
     ],
 )
 def test_what_m3po_cannot_use_is_refused_by_name_in_one_line(monkeypatch, kwargs, word):
@@ -88,6 +93,56 @@ def test_what_m3po_cannot_use_is_refused_by_name_in_one_line(monkeypatch, kwargs
         make_own(monkeypatch, **kwargs)
     message = str(error.value)
     assert message.startswith("Own-v0: ") and "\n" not in message
+
+
+def test_an_env_that_changes_the_action_it_is_given_does_not_change_the_agents(monkeypatch):
+    env, step = make_own(monkeypatch), Own.step
+    monkeypatch.setattr(Own, "step", lambda self, a: step(self, np.multiply(a, 9, a)))
+    env.reset(seed=0)
+    given = np.full(2, 0.5, np.float32)
+    env.step(given)
+    assert given.tolist() == [0.5, 0.5] and env.unwrapped.actions[-1].tolist() == [4.5, 4.5]
+
+
+def test_an_env_can_say_itself_that_a_step_is_no_data(monkeypatch):
+    env = make_own(monkeypatch, info={"fault": "the gripper slipped"})
+    first, _ = env.reset(seed=0)
+    obs, *_, info = step = env.step(np.zeros(2, np.float32))
+    assert step[1:4] == (0.0, False, True) and info["fault"] == "the gripper slipped"
+    assert np.array_equal(obs, first)
+    env = make_own(monkeypatch, info={"fault": False})
+    env.reset(seed=0)
+    *_, truncated, info = env.step(np.zeros(2, np.float32))
+    assert not truncated and "fault" not in info  # which alone would count as one
+
+
+def test_a_rule_that_says_more_ends_than_there_are_is_noted_once(monkeypatch, capsys):
+    monkeypatch.setattr(Own, "terminated_fn", staticmethod(lambda o: o[..., 0] > 0), raising=False)
+    env = make_own(monkeypatch, terminated=False)
+    env.reset(seed=0)
+    for _ in range(2):
+        env.step(np.zeros(2, np.float32))
+    assert capsys.readouterr().out.count("Own-v0 did not terminate where its terminated_fn") == 1
+
+
+def test_the_bounds_that_stand_for_the_unit_box_are_those_after_the_envs_own_wrappers(monkeypatch):
+    def made():
+        own = Own(action=Box(-9, 9, (2,), np.float32))
+        return gym.wrappers.RescaleAction(own, np.float32(-4), np.float32(4))
+
+    monkeypatch.setattr(gym.registry["Own-v0"], "entry_point", made)
+    env = envs.make("Own-v0")
+    assert env.get_wrapper_attr("action_bounds") == Box(-4, 4, (2,), np.float32)
+    assert env.action_space == Box(-1, 1, (2,), np.float32)
+
+
+def test_a_task_that_grows_is_no_oracles(monkeypatch):
+    make_own(monkeypatch, reset_info={"task": 1.0}, info={"task": 1.0})
+    env = envs.make("Own-v0", oracle=True)
+    assert env.reset(seed=0)[0].shape == (4,)
+    env.unwrapped.says["info"] = {"task": [1.0, 2.0]}
+    with pytest.raises(envs.EnvError, match="^Own-v0: info says a task of 2 numbers, where the f"):
+        env.step(np.zeros(2, np.float32))
 
 
 @pytest.mark.parametrize("dtype", (np.float32, np.float64))
@@ -119,9 +174,10 @@ def own_broken(self, *_, **__):
 
 
 def test_a_reset_without_a_seed_is_refused_as_the_old_api(monkeypatch):
-    monkeypatch.setattr(Own, "reset", own_old_reset)
-    with pytest.raises(envs.EnvError, match="^Own-v0: old API: reset must take a seed"):
-        envs.make("Own-v0")
+    for old in (own_old_reset, lambda self, seed=None: (np.zeros(3), {})):  # the latter: no options
+        monkeypatch.setattr(Own, "reset", old)
+        with pytest.raises(envs.EnvError, match="^Own-v0: old API: reset must take seed and opt"):
+            envs.make("Own-v0")
 
 
 @pytest.mark.parametrize("method, where", [
@@ -289,6 +345,11 @@ def test_an_env_without_a_time_limit_gets_one(monkeypatch):
     monkeypatch.setattr(gym.registry["Own-v0"], "max_episode_steps", 5)
     assert envs.time_limit(envs.make("Own-v0")) == 5 and (
         envs.time_limit(envs.make("ant-fwd-bwd")) == 1_000)
+    monkeypatch.setattr(gym.registry["Own-v0"], "max_episode_steps", None)
+    monkeypatch.setattr(Own, "_max_episode_steps", 3, raising=False)  # which it does not keep to
+    env = make_own(monkeypatch, terminated=False)
+    env.reset(seed=0)
+    assert [env.step(np.zeros(2, np.float32))[3] for _ in range(3)] == [False, False, True]
 
 
 def test_a_reward_too_large_for_float32_and_a_reset_without_numbers_are_faults(monkeypatch):

@@ -631,3 +631,12 @@ def test_mujoco_resetting_itself_counts_as_a_fault_though_all_numbers_are_finite
     obs, reward, terminated, truncated, info = env.step(np.zeros(8, np.float32))
     assert info["fault"] == "MuJoCo reset itself after instability"
     assert (reward, terminated, truncated) == (0.0, False, True) and np.isfinite(obs).all()
+
+
+def test_a_model_that_is_loaded_anew_at_a_reset_is_watched_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    env, _ = make_fixed("ant-fwd-bwd")
+    env.unwrapped.data = mujoco.MjData(env.unwrapped.model)
+    env.reset(seed=0)
+    env.unwrapped.data.qvel[7] = 1e12
+    assert env.step(np.zeros(8, np.float32))[4]["fault"] == "MuJoCo reset itself after instability"

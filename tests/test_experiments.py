@@ -103,12 +103,12 @@ def test_experiments_skip_what_is_finished_go_on_with_what_is_not_and_outlive_a_
     assert table in said and "95.04" in table and "first 12 after a switch" in table
     rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert [row.split(":")[0].split(" |")[0] for row in rows] == [
-        "| M3PO", "| k=2", "| blind", "| zero action"]
+        "| M3PO", "| k=2", "| blind", "| zero action", "| random actions"]
     returns = [float(row["eval_return_mean"]) for row in read_rows(out / "m3po/seed0")]
     way = float(read_rows(out / "m3po/seed0")[-1]["eval_right_way"])
-    assert f"| {returns[-1]:.1f} | {np.mean(returns):.1f} | " in rows[0]
-    assert rows[0].split(" | ")[5] == f"{way:.2f}"
-    assert rows[1].endswith("| `--k 2` | - | - | - | - | - / - | - | - |")
+    assert f"| {returns[-1]:.1f} | {returns[-1]:.1f} | {np.mean(returns):.1f} | " in rows[0]
+    assert rows[0].split(" | ")[6] == f"{way:.2f}"
+    assert rows[1].endswith("| `--k 2` | - | - | - | - | - | - / - | - | - |")
 
     assert sorted(str(path.relative_to(results)) for path in results.rglob("*.*")) == sorted(
         f"{slug}/seed0/{name}" for slug in ("m3po", "blind")

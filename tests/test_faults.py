@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import gymnasium as gym
@@ -13,6 +14,7 @@ import checkpoint
 import envs
 import faults
 import m3po
+from env_checks import EnvError
 from tests.conftest import RunEnv, TINY, assert_same_run, read_rows, resume_run, run
 
 
@@ -160,8 +162,29 @@ def test_ctrl_c_before_training_is_no_traceback(monkeypatch, capsys):
     def main(*_):
         raise KeyboardInterrupt
 
+    closed = []
+    env = Namespace(close=lambda: closed.append(True))
     monkeypatch.setattr(m3po, "main", main)
-    monkeypatch.setattr(m3po, "parse_args", lambda: (None,) * 3)
+    monkeypatch.setattr(m3po, "parse_args", lambda: (None, env, None))
     with pytest.raises(SystemExit) as stop:
         m3po.command_line()
     assert stop.value.code == 130 and capsys.readouterr().err == "stopped before training began\n"
+    assert closed  # it may be a robot
+
+
+def test_an_env_that_cannot_go_on_is_saved_first_and_said_in_one_line(tmp_path, breaking_env,
+                                                                     monkeypatch, capsys):
+    monkeypatch.setattr(Breaks, "error", EnvError("Breaks-v0: reset returned no numbers"))
+    flags = breaking_env((envs.seeds(0, 0, 10)[0], 0))
+    with pytest.raises(SystemExit) as stop, faults.in_one_line("m3po"):
+        run(tmp_path / "a", *flags)
+    assert stop.value.code == "m3po.py: error: Breaks-v0: reset returned no numbers"
+    assert "saved; go on with: python m3po.py --resume" in capsys.readouterr().err
+
+
+def test_torchs_words_for_no_memory_are_told_from_an_envs_about_memory():
+    for words in ("CUDA out of memory. Tried to allocate 2 GiB",
+                  "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: "
+                  "you tried to allocate 8 bytes. Error code 12 (Cannot allocate memory)"):
+        assert faults.out_of_memory(RuntimeError(words))
+    assert not faults.out_of_memory(RuntimeError("gripper: shared memory segment not mapped"))

@@ -265,6 +265,15 @@ def test_play_refuses_in_one_line(trained_runs, capsys, tmp_path, argv, says):
     assert not Path("x.png").exists()
 
 
+def test_an_error_of_an_own_envs_code_is_no_file_that_does_not_fit(trained_runs, monkeypatch):
+    def load(folder):
+        with envs.own_code("arm:Arm-v0", "making it"):
+            raise KeyError("calibration")
+    monkeypatch.setattr(m3po, "load", load)
+    with pytest.raises(KeyError, match="calibration"):
+        play.main([trained_runs["toy"]])
+
+
 def test_a_missing_package_is_named_with_its_pip_command(
         trained_runs, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(play.importlib.util, "find_spec", lambda name: None)

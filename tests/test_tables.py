@@ -63,19 +63,24 @@ def test_the_tables_of_many_envs_come_from_the_results_alone(tmp_path, capsys):
     said = capsys.readouterr().out
     toy, ant = said.split("\n`ant-fwd-bwd`, 50 episodes after 200,000 env steps")
     assert "`point-fwd-bwd`, 50 episodes after 3,000 env steps" in toy and "95.04" in toy
-    assert "| M3PO: the default | - | 5.0 [-7.7, 17.7] | 3.0 [" in toy
-    assert "after 2,000 env steps, evaluated every 400 | - | 8.0 | 4.5 | 2.0 |" in toy
+    assert "| M3PO: the default | - | 5.0 [-7.7, 17.7] | 5.0 [-7.7, 17.7] | 3.0 [" in toy
+    assert "after 2,000 env steps, evaluated every 400 | - | 8.0 | 8.0 | 4.5 | 2.0 |" in toy
     assert "| 1 |\n" in toy
-    assert "| zero action | - | 0.0 | - | - | 0.00 | 0.00 / 0.00 | - | - |\n" in toy
-    assert "| 950.0 | 925.0 |" in ant and "95.04" not in ant and "median 60 s" in toy
+    assert "| zero action | - | 0.0 | - | - | - | 0.00 | 0.00 / 0.00 | - | - |\n" in toy
+    assert "| 950.0 | 950.0 | 925.0 |" in ant and "95.04" not in ant and "median 60 s" in toy
     assert ", torch 2.13.0+cpu; commits 0234567, 1234567.\n" in toy
-    nothing = float(ant.split("| zero action | - | ")[1].split(" |")[0])
-    assert nothing > 0  # an ant that stands earns 1 a step
-    # Of the toy 0 and 8 are the ends; of the ant, whose seed 1 is not, 950 and the zero action.
-    both = said.split("All 2 envs")[1]
-    assert nothing > 950 and "In ant-fwd-bwd no method is better than the zero action" in both
-    assert f"| M3PO | {(4 / 8 + 0) / 2:.2f} | 1 |" in both and "| GHP-MDP | - | 0 |" in both
-    assert "| method | mean | seeds |" in both  # of two envs nothing is cut off
+    nothing, noise = (float(ant.split(f"| {name} | - | ")[1].split(" |")[0])
+                      for name in ("zero action", "random actions"))
+    assert nothing > 950 > 0 > noise  # an ant that stands earns 1 a step
+    # The toy's ends are random actions and M3PO's 5, as GHP-MDP's 8 is one seed's. M3PO's seed 0
+    # is at 4 there, and in the ant's env at 1; its seed 1 did not end there.
+    low = float(toy.split("| random actions | - | ")[1].split(" |")[0])
+    both = said.split("All envs together")[1]
+    whole = ((4 - low) / (5 - low) + 1) / 2
+    assert f"| M3PO | 1.00 | 1.00 | {whole:.2f} | 1 |" in both
+    assert f"| GHP-MDP | {(8 - low) / (5 - low):.2f} | - | - | 0 |" in both
+    assert "| method | point-fwd-bwd | ant-fwd-bwd | mean | seeds |" in both  # of two none is cut
+    assert f"| {(nothing - noise) / (950 - noise):.2f} |" in both.split("| zero action |")[1]
 
 
 def fake_kept(tmp_path, env, method, *finals):
@@ -89,20 +94,46 @@ def fake_kept(tmp_path, env, method, *finals):
     return runs, kept
 
 
-def test_the_scale_over_envs_puts_the_better_method_higher_wherever_zero_lies(tmp_path):
+def test_the_scale_over_envs_goes_from_random_actions_to_the_best_method(tmp_path):
     runs, kept = [], {}
-    for env, zero, good, bad in (("a", 0, (90, 110), (40, 60)), ("b", 1000, (800, 820), (200, 210)),
-                                 ("c", -5, (95, 95), (-5, 45)), ("d", 0, (10, 10), (-20, -10))):
+    for env, good, bad in (("a", (90, 110), (40, 60)), ("b", (800, 820), (200, 230)),
+                           ("c", (95, 95), (-5, 45)), ("d", (10, 10), (-20, -10))):
         for method, finals in (("m3po", good), ("recurrent-sac", bad)):
             more = fake_kept(tmp_path, env, method, *finals)
             runs, kept = runs + more[0], kept | more[1]
-    text = tables.overview(runs, kept, {"a": 0, "b": 1000, "c": -5, "d": 0})
-    # b: its methods' lowest mean, 205, is 0 and the zero action 1. Each seed without the lowest and
-    # the highest of four envs: M3PO .9 and 1, then 1 and 1; SAC -5 / 795 and 0, 5 / 795 and .5.
-    m3po = figures.with_interval([0.95, 1.0], 2)
-    sac = figures.with_interval([(-5 / 795 + 0) / 2, (5 / 795 + 0.5) / 2], 2)
-    assert f"| M3PO | {m3po} | 2 |" in text and f"| recurrent SAC | {sac} | 2 |" in text
-    assert "In b no method" in text and "| method | interquartile mean | seeds |" in text
+    more = fake_kept(tmp_path, "e", "m3po", -9, -8)
+    runs, kept = runs + more[0], kept | more[1]
+    played = {"a": (0, 0), "b": (1000, -190), "c": (-5, -5), "d": (0, -90), "e": (0, 0)}
+    text = tables.overview(runs, kept, played)
+    assert "Without e, where no run is above random actions." in text
+    assert "| method | a | b | c | d | mean | interquartile mean | seeds |" in text
+    # By hand. M3PO's seeds are at .9 and 1.1, .99 and 1.01, 1 and 1, 1 and 1; SAC's at .4 and .6,
+    # 0.39 and .42, 0 and .5, .7 and .8. Of each seed the lowest and the highest are cut off.
+    shown = lambda *values: figures.with_interval(values, 2)
+    assert (f"| M3PO | 1.00 | 1.00 | 1.00 | 1.00 | {shown(3.89 / 4, 4.11 / 4)} | "
+            f"{shown(1.99 / 2, 2.01 / 2)} | 2 |") in text
+    assert (f"| recurrent SAC | 0.50 | 0.41 | 0.25 | 0.75 | {shown(1.49 / 4, 2.32 / 4)} | "
+            f"{shown(0.79 / 2, 1.1 / 2)} | 2 |") in text
+    assert f"| zero action | 0.00 | {1190 / 1000:.2f} | 0.00 | 0.90 |" in text
+    assert tables.overview(runs, {}, played).startswith("In no env")
+
+
+def test_one_lucky_seed_is_no_methods_best_where_others_have_three(tmp_path):
+    runs, kept = [], {}
+    for method, finals in (("m3po", (1, 2, 3)), ("pearl", (9,)), ("oracle", (20, 20, 20))):
+        more = fake_kept(tmp_path, "a", method, *finals)
+        runs, kept = runs + more[0], kept | more[1]
+    by_method = tables.grouped(runs)
+    assert tables.best_return(by_method, kept) == 2
+    assert tables.best_return({m: by_method[m] for m in list(by_method)[1:2]}, kept) == 9
+    assert np.isnan(tables.best_return(by_method, {}))
+
+
+def test_a_late_return_is_of_the_last_quarter_of_the_steps(tmp_path):
+    run = figures.read_run(fake_run(tmp_path / "a", range(1, 21)))
+    assert tables.late_return(run) == (16 + 17 + 18 + 19 + 20) / 5
+    seldom = figures.read_run(fake_run(tmp_path / "b", (3, 8), steps=(10_000, 20_000)))
+    assert tables.late_return(seldom) == 8
 
 
 def test_a_variant_stands_beside_its_control_with_welchs_interval(tmp_path, capsys):
