@@ -230,7 +230,6 @@ def summary(groups):
     """Prints one row per env and variant. A seed's last return is the mean of one evaluation, its
     last five of five; the area under its curve is divided by the steps, so that it is a return
     too."""
-    from scipy import stats
     rows = []
     for env, variants in groups.items():
         for label, runs in variants.items():
@@ -241,11 +240,10 @@ def summary(groups):
             seconds = sum(run.seconds() for run in runs)
             rows.append((env, label, str(len(runs)), f"{x[-1]:g}",
                          with_interval(values[:, -5:].mean(1)), with_interval(last),
-                         f"{area.mean():.1f}", f"{stats.trim_mean(last, 0.25):.1f}",
+                         f"{area.mean():.1f}",
                          f"{seconds / len(runs) / 60:.1f} min" if seconds else "-"))
     print_table(("env", "variant", "seeds", "1000 steps", "last five [95 %]",
-                 "last return [95 %]", "area under curve",
-                 "IQM of last", "wall time"), *rows)
+                 "last return [95 %]", "area under curve", "wall time"), *rows)
 
 
 # ---- drawing ------------------------------------------------------------------------------------
@@ -266,6 +264,18 @@ def palette(groups):
     """{variant: colour}, the same in every panel."""
     labels = dict.fromkeys(label for variants in groups.values() for label in variants)
     return {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+
+
+def with_seeds(groups):
+    """{variant: its name in a legend, with the number of seeds}: one seed has no band, which would
+    look as if it were sure."""
+    found = {}
+    for variants in groups.values():
+        for label, runs in variants.items():
+            found.setdefault(label, []).append(len(runs))
+    spans = {label: sorted({min(n), max(n)}) for label, n in found.items()}
+    return {label: f"{label} ({' to '.join(map(str, n))} seed{'s' * (n[-1] > 1)})"
+            for label, n in spans.items()}
 
 
 def draw_group(ax, x, values, interval, colour, label=None, ls="-"):
@@ -308,11 +318,12 @@ def curves(args):
     groups, titles = read_runs(args.runs)
     summary(groups)
     figure, axes = panels(len(groups))
-    colours = palette(groups)
+    colours, names = palette(groups), with_seeds(groups)
     for ax, (env, variants) in zip(axes, groups.items()):
         for label, runs in variants.items():
             x, values = over_seeds(runs, "eval_return_mean")
-            draw_group(ax, x, values, students_interval(values), colours[label], label)
+            draw_group(ax, x, values, students_interval(values), colours[label],
+                       names[label])
         ax.set_title(titles[env], fontsize=9)
         ax.set(xlabel="1,000 env steps", ylabel="return per episode")
         ax.set_xlim(left=0)
@@ -374,6 +385,7 @@ def adaptation(args):
     """Reward around switches."""
     groups, titles = read_runs(args.runs, one_env=True)
     (env, variants), colours = next(iter(groups.items())), palette(groups)
+    names = with_seeds(groups)
     figure, axes = panels(1, width=7)
     table = []
     for label, runs in variants.items():
@@ -382,15 +394,15 @@ def adaptation(args):
         if any(not np.array_equal(x, other) for other in xs):
             raise FigureError(f"the runs of {label} look at other steps around a switch")
         values = np.stack(rows)
-        draw_group(axes[0], x, values, students_interval(values), colours[label], label)
+        draw_group(axes[0], x, values, students_interval(values), colours[label], names[label])
         mean = known_mean(values)
         before, after = known_mean(mean[x < 0]), known_mean(mean[(x >= 0) & (x < 5)])
-        steps = steps_to_recover(x, mean) if after < before else None
+        steps = [steps_to_recover(x, row) if after < before else None for row in values]
         table.append((env, label, str(sum(switches)), f"{before:.2f}", f"{after:.2f}",
-                      str(steps or "-")))
+                      ", ".join(str(step or "-") for step in steps)))
     summary(groups)
     print_table(("env", "variant", "switches", "reward before", "in the 5 steps after",
-                 "steps to 90 % of the way back"), *table)
+                 "steps to 90 % of the way back, by seed"), *table)
     axes[0].axvline(0, color="black", lw=1, ls="--")
     axes[0].set_title(titles[env], fontsize=9)
     axes[0].set(xlabel="env steps since the hidden task switched", ylabel="reward per env step")

@@ -153,7 +153,10 @@ def test_a_model_that_is_not_fitted_explains_nothing_on_the_screen(tmp_path, cap
 def test_dropped_steps_are_said_once_per_epoch_with_their_reason(run_env, tmp_path, capsys):
     run(tmp_path / "a", *run_env(terminate_at=None, truncate_at=9, fail_at=4))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("faults")]
-    assert len(lines) == 2 and all("non-finite reward (10)" in line for line in lines)
+    training, evaluation = lines[::2], lines[1::2]
+    assert len(training) == 2 and all("non-finite reward (10)" in line for line in training)
+    assert len(evaluation) == 2 and all("in 2 of 2 episodes of this evaluation" in line
+                                        for line in evaluation)
 
 
 def test_a_terminal_has_a_bar_for_the_warm_up_and_then_one_for_learning(tmp_path):
