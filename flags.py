@@ -298,7 +298,7 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
         help="log to Weights & Biases too; needs pip install wandb")
     add("--compile", choices=("auto", "on", "off"),
         help="torch.compile, and on a GPU CUDA graphs (see speed.py): a minute or two first, then a"
-        " third faster; auto: from 100,000 updates on")
+        " third faster; auto: if updates per epoch times width are 500,000 or more")
     if own:
         own.add_flags(group(f"{method}'s own"))
     return parser

@@ -19,7 +19,9 @@ from policy import MetaPolicy
 from rollouts import Batch
 
 TORCHS_OWN = torch.get_num_threads()  # before a run changes it
-ENOUGH = 100_000  # updates of a run, from which on `--compile auto` pays
+# Updates per epoch times width from which on `--compile auto` pays; whatever N is, so that a run
+# that is resumed for more epochs goes on with the same kernels.
+ENOUGH = 500_000
 COMPILED = {MetaPolicy: ("critic_loss", "actor_loss", "distribution"),
             MetaModel: ("predict_dealt", "batch_loss")}
 
@@ -27,7 +29,8 @@ COMPILED = {MetaPolicy: ("critic_loss", "actor_loss", "distribution"),
 def fastest_update(policy, model, args):
     """The function to call for a policy update; the model's own is put in its place, and methods of
     both are compiled there."""
-    if args.compile == "off" or args.compile == "auto" and args.N * args.E * args.G < ENOUGH:
+    little = args.E * args.G * args.width < ENOUGH
+    if args.compile == "off" or args.compile == "auto" and little:
         return policy.update
     if compiler_works(args.device):
         compile_methods(policy)
