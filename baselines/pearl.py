@@ -76,7 +76,7 @@ def main(args, env, state=None):
         for epoch in range(progress.epoch + 1, args.N + 1):
             while progress.step < epoch * args.E and not stop.received:
                 learning = progress.step >= args.warmup and len(D_env) > 0
-                if learning and (progress.step - args.warmup) % args.E == 0:
+                if learning and (progress.step - args.warmup) % min(args.E, 250) == 0:
                     policy.use_statistics(D_env.statistics())
                 with clock(progress, "env"):
                     action = act(policy, D_env, obs, learning)  # z ~ q(z | c), a ~ pi(a | o, z)
