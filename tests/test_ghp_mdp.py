@@ -38,6 +38,9 @@ class GoalModel(LatentModel):
         mean = torch.cat([reward, actions], -1)
         return mean.expand(2, *mean.shape[-2:]), torch.zeros(())
 
+    def means(self, obs, actions, z):
+        return self.predict(obs, actions, z)[0]
+
 
 def slope_window(slopes, T=10, known=None):
     """T transitions with reward = slope * action, obs = 0; the oldest are masked beyond `known`."""
@@ -245,6 +248,16 @@ def test_cem_is_that_of_a_slow_loop():
             mean = 0.1 * mean + 0.9 * elites.mean(0)
             std = 0.1 * std + 0.9 * elites.std(0, correction=0)
         assert torch.allclose(got[i], mean, atol=1e-5)
+
+
+def test_many_episodes_are_scored_as_each_alone():
+    model = LatentModel(2, 1, widths=(8,))
+    planner = Planner(model, lambda obs: obs[..., 0] > 0.3, H=3)
+    obs, z, plans = torch.randn(12, 2) * 0.2, torch.randn(3, 12, 5), torch.randn(12, 6, 3, 1)
+    alone = [planner.score(obs[i:i + 1], z[:, i:i + 1], plans[i:i + 1]) for i in range(12)]
+    assert torch.allclose(planner.score(obs, z, plans), torch.cat(alone), atol=1e-6)
+    step = obs, plans[:, 0, 0], z[0]
+    assert torch.equal(model.means(*step), model.predict(*step)[0])
 
 
 def test_a_dead_branch_earns_nothing_and_its_last_reward_counts():
