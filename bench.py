@@ -1,6 +1,6 @@
 """How near the hot loop is to what this machine can do: each part beside its own floor.
 
-    python bench.py                    # halfcheetah-fwd-bwd at Table 2's sizes, about five minutes
+    python bench.py                    # halfcheetah-fwd-bwd at its defaults, about five minutes
     python bench.py --env ant-fwd-bwd --threads 1
 
 The floor of a policy update, a model rollout or a model fit is the matrix products it needs,

@@ -1,9 +1,10 @@
 """What stops a run before its end, and what is then saved and said.
 
-    Ctrl-C, SIGTERM                a checkpoint, exit status 130 or 143; a second stops at once
-    a number that is not finite    one line; the last good checkpoint stays the last
-    no memory, a full disk         one line
-    an exception of the env, a bug a checkpoint, a line that names env and step, the traceback
+    Ctrl-C, SIGTERM                 a checkpoint, exit status 130 or 143; a second stops at once
+    a number that is not finite     one line; the last good checkpoint stays the last
+    no memory, a full disk          one line
+    an env that says EnvError       a checkpoint, one line
+    another exception of it, a bug  a checkpoint, a line that names env and step, the traceback
 """
 
 import signal

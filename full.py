@@ -3,8 +3,8 @@
     branched    leave a real history, k steps long          --rollout branched, the default
     full        begin where an episode begins, and go on to its end in the model alone
 
-Practical form: M model episodes are kept alive, each advanced by one imagined step per env step, so
-that M and G mean the same for both. A real first observation is all they take from D_env.
+Practical form: M model episodes are kept alive, each advanced by one imagined step per env step, as
+M branches of one step would be. A real first observation is all they take from D_env.
 """
 
 import torch
@@ -17,7 +17,7 @@ class FullBuffer(ModelBuffer):
     blocks before. The oldest L blocks are history only, so that no window is cut by the ring."""
 
     def __init__(self, D_env, M, steps, terminated_fn, horizon):
-        """horizon: env steps after which a real episode is truncated, and so an imagined one."""
+        """horizon: the env's own limit of steps, after which an imagined episode is truncated."""
         super().__init__(D_env, M, 1, steps + D_env.L, terminated_fn)
         self.sampled, self.horizon = steps, horizon
         self.running = None  # Branches, which go on from env step to env step

@@ -37,7 +37,7 @@ class Method(NamedTuple):
 
 METHODS = {method.slug: method for method in [
     Method("M3PO", "", "the default"),
-    Method("k=1", "--k 1", "mostly the paper's: branches of one step"),
+    Method("k=1", "--k 1", "branches of one step, as in the paper"),
     Method("k=2", "--k 2", "model errors over two steps"),
     Method("k=5", "--k 5", "model errors over five steps"),
     Method("Full", "--rollout full", "never branches from real histories"),

@@ -2,6 +2,8 @@
 steps, and a half-cheetah whose hidden direction is drawn once for each.
 
     python -m baselines.pearl --env examples.cheetah_dir:CheetahDir-v0 --N 20 --G 10 --width 128
+
+As an own env it has no --angles of its own: nets read its pitch as it is, if not told --angles 1.
 """
 
 import gymnasium as gym
