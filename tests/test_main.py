@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import gymnasium as gym
@@ -184,7 +185,8 @@ def test_too_little_memory_is_one_line_and_a_bug_is_not(error, says, monkeypatch
         raise error
 
     monkeypatch.setattr(m3po, "main", main)
-    monkeypatch.setattr(m3po, "parse_args", lambda: (None,) * 3)
+    env = Namespace(close=lambda: None)
+    monkeypatch.setattr(m3po, "parse_args", lambda: (None, env, None))
     with pytest.raises(SystemExit if says else RuntimeError) as raised:
         m3po.command_line()
     assert not says or raised.value.code == (
