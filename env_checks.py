@@ -15,6 +15,10 @@ from gymnasium.spaces import Box
 from gymnasium.wrappers import OrderEnforcing, TimeLimit
 
 
+# Of info, where an env has them: by these evaluation says how the agent adapts.
+ADAPTING = "steps_since_switch", "switched", "right_way"
+
+
 class EnvError(ValueError):
     """An env that M3PO cannot use, or that does not exist. The message is one line."""
 
@@ -121,7 +125,7 @@ def check_spaces(name, observation_space, action_space):
 
 def check_adapting(name, env, info):
     """What evaluation reads to say how the agent adapts, where the env has it."""
-    for key in ("steps_since_switch", "switched", "right_way"):
+    for key in ADAPTING:
         if info.get(key) is None:
             continue
         value = np.asarray(info[key])

@@ -529,8 +529,8 @@ class FaultGuard(gym.Wrapper):
 
     A fault is a non-finite observation or reward, MuJoCo resetting itself after instability, or
     what the env itself calls one: a true info["fault"]. Then step returns the previous observation,
-    reward 0, terminated False, truncated True and info["fault"] = the reason. The
-    caller drops that transition, counts it, and resets.
+    reward 0, terminated False, truncated True and info["fault"] = the reason. The caller drops that
+    transition, counts it, and resets.
     """
 
     def __init__(self, env):
@@ -544,14 +544,15 @@ class FaultGuard(gym.Wrapper):
         self.last_obs, info = self.env.reset(seed=seed, options=options)
         if not np.isfinite(self.last_obs).all():
             raise EnvError(f"{self.name}: reset returned a non-finite observation")
+        # Live views of MuJoCo's counters, of the simulation as it is now: an env may load it anew.
+        data = getattr(self.env.unwrapped, "data", None)
+        kinds = SELF_RESETS if isinstance(data, mujoco.MjData) else ()
+        self.counters = [data.warning[kind] for kind in kinds]
         self.self_resets = self.count_self_resets()
         return self.last_obs, info
 
     def count_self_resets(self):
-        """MuJoCo's own count, of the simulation as it is now: an env may load its model anew."""
-        data = getattr(self.env.unwrapped, "data", None)
-        return sum(data.warning[kind].number for kind in SELF_RESETS) if (
-            isinstance(data, mujoco.MjData)) else 0
+        return sum(counter.number for counter in self.counters)
 
     def step(self, action):
         # A copy: an env that changes the array it is given would change the data of the agent.

@@ -23,10 +23,10 @@ import torch
 from tqdm import tqdm
 
 import envs
+from env_checks import ADAPTING
 from rollouts import LiveHistory
 
-INFOS = ("steps_since_switch", "switched", "right_way")  # of info, where the env has them
-METRICS = ("reward", *INFOS, "fault")  # of a step; fault is 1 where the simulator failed
+METRICS = ("reward", *ADAPTING, "fault")  # of a step; fault is 1 where the simulator failed
 BAR_AFTER = 5  # seconds for which an evaluation runs without one on a terminal
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent dies
 
@@ -49,7 +49,7 @@ class Group:
         metrics = [(math.nan,) * len(METRICS)] * len(self.obs)
         for i in self.running.nonzero()[0]:
             self.obs[i], reward, terminated, truncated, info = self.envs[i].step(actions[i])
-            metrics[i] = reward, *(info.get(name, math.nan) for name in INFOS), "fault" in info
+            metrics[i] = reward, *(info.get(name, math.nan) for name in ADAPTING), "fault" in info
             self.running[i] = not (terminated or truncated)
         return self.obs, np.array(metrics, float).T, self.running
 

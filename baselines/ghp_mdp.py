@@ -167,13 +167,15 @@ class LatentModel(nn.Module):
     def predict(self, obs, actions, z):
         """Mean, log-variance [B, n, O + 1] of the standardised (r, o' - o), for raw obs [n, O],
         actions [n, A] and z [n, Z], or with a leading axis of members."""
-        x = self.ensemble.standardise_step(obs, torch.cat([actions, z], -1))
-        return self.ensemble.predict(None, None, x)
+        return self.ensemble.predict(None, None, self.inputs(obs, actions, z))
 
     def means(self, obs, actions, z):
         """As predict, but the mean alone, which planning goes by."""
-        x = self.ensemble.standardise_step(obs, torch.cat([actions, z], -1))
-        return self.ensemble.net(None, None, x)[..., :self.obs_dim + 1]
+        return self.ensemble.net(None, None, self.inputs(obs, actions, z))[..., :self.obs_dim + 1]
+
+    def inputs(self, obs, actions, z):
+        """As the ensemble reads them."""
+        return self.ensemble.standardise_step(obs, torch.cat([actions, z], -1))
 
     def transitions(self, tokens, mask, obs):
         """Tokens [T, n, D], mask [T, n] and the obs [n, O] after the last, as o [T, n, O],
@@ -232,8 +234,7 @@ class LatentModel(nn.Module):
         z = (mu + sigma * torch.randn_like(mu)).expand(*scored.shape, -1)
         o, a, y = self.transitions(batch.tokens, batch.mask, batch.next_obs)
         o, a, z, y = (t[scored] for t in (o, a, z, y))  # [transitions, ...]
-        x = self.ensemble.standardise_step(o, torch.cat([a, z], -1))
-        return self.ensemble.loss(None, None, x, y)
+        return self.ensemble.loss(None, None, self.inputs(o, a, z), y)
 
     def fit(self, D_env, steps, batch_size):
         """theta <- `steps` Adam steps on minibatches of D_env; returns the mean loss [1]."""

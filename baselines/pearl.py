@@ -52,6 +52,7 @@ from rollouts import Batch, EnvBuffer
 SAME = "G z_dim batch_size lr tau alpha target_entropy layer_norm reward_scale".split()
 DEFAULTS = dict(kl_weight=0.1, keep=0.5)  # lineage; ours
 BY_ENV = {}
+REFRESH_EVERY = 250  # env steps, as often as M3PO takes new statistics on robots
 
 
 def add_flags(add):
@@ -76,7 +77,8 @@ def main(args, env, state=None):
         for epoch in range(progress.epoch + 1, args.N + 1):
             while progress.step < epoch * args.E and not stop.received:
                 learning = progress.step >= args.warmup and len(D_env) > 0
-                if learning and (progress.step - args.warmup) % min(args.E, 250) == 0:
+                refresh = (progress.step - args.warmup) % min(args.E, REFRESH_EVERY) == 0
+                if learning and refresh:
                     policy.use_statistics(D_env.statistics())
                 with clock(progress, "env"):
                     action = act(policy, D_env, obs, learning)  # z ~ q(z | c), a ~ pi(a | o, z)
