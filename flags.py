@@ -297,8 +297,9 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
     add("--track", action=argparse.BooleanOptionalAction,
         help="log to Weights & Biases too; needs pip install wandb")
     add("--compile", choices=("auto", "on", "off"),
-        help="torch.compile, and on a GPU CUDA graphs (see speed.py): a minute or two first, then a"
-        " third faster; auto: if updates per epoch times width are 500,000 or more")
+        help="torch.compile, and M3PO's CUDA graphs on a GPU (see speed.py): a minute or two first,"
+        " then a third faster; auto: if updates (GHP-MDP: planned steps) per epoch times width are"
+        " 500,000 or more")
     if own:
         own.add_flags(group(f"{method}'s own"))
     return parser

@@ -1,9 +1,9 @@
 """What makes a run faster without changing what it computes, and where each of it is used.
 
     torch.compile   the policy's losses and actions, the meta-model's loss and its answer to a
-                    rollout: the many small kernels around the matrix products become a few. About
-                    a third faster, after a minute or two in which each is compiled for its one
-                    batch size.
+                    rollout, and what PEARL and GHP-MDP call most: the many small kernels around the
+                    matrix products become a few. About a third faster, after a minute or two in
+                    which each is compiled for its one batch size.
     CUDA graph      on a GPU, a whole gradient step of policy or model: recorded once, then
                     replayed, so that the GPU does not wait for Python to launch hundreds of small
                     kernels.
@@ -26,18 +26,21 @@ COMPILED = {MetaPolicy: ("critic_loss", "actor_loss", "distribution"),
             MetaModel: ("predict_dealt", "batch_loss")}
 
 
+def pays(args, calls):
+    """Whether --compile wants it; auto: where an epoch has enough `calls` per env step of nets that
+    are --width wide."""
+    enough = args.E * calls * args.width >= ENOUGH
+    return args.compile == "on" or args.compile == "auto" and enough
+
+
 def fastest_update(policy, model, args):
     """The function to call for a policy update; the model's own is put in its place, and methods of
     both are compiled there."""
-    little = args.E * args.G * args.width < ENOUGH
-    if args.compile == "off" or args.compile == "auto" and little:
+    if not pays(args, args.G):
         return policy.update
     if compiler_works(args.device):
         compile_methods(policy)
         compile_methods(model)
-    else:
-        print("compile      off: torch.compile cannot build our networks here (it needs a "
-              "compiler; CPU: g++, GPU: Triton); running eager")
     if args.device != "cuda":
         return policy.update
     model.update = Graphed(model)
@@ -57,20 +60,24 @@ def set_threads(args):
 
 def compiler_works(device):
     """Whether torch.compile can build our networks here: there may be no compiler, and some version
-    of PyTorch may not take what the newest does. Draws nothing from the run's random stream."""
+    of PyTorch may not take what the newest does. Then a line says so. Draws nothing from the run's
+    random stream."""
     with torch.random.fork_rng(devices=[]):
         net = HistoryNet(1, token_dim=3, in_dim=2, out_dim=1, widths=(4,)).to(device)
     new = lambda *shape: torch.zeros(*shape, device=device)
     try:
         torch.compile(net)(new(1, 8, 3), new(1, 8).bool(), new(8, 2)).sum().backward()
     except Exception:  # whatever it turns into, on any version
+        print("compile      off: torch.compile cannot build our networks here (it needs a "
+              "compiler; CPU: g++, GPU: Triton); running eager")
         return False
     return True
 
 
-def compile_methods(part):
-    """Compile what COMPILED names of a policy or a model, at its first call."""
-    names = next(names for kind, names in COMPILED.items() if isinstance(part, kind))
+def compile_methods(part, *names):
+    """Compile these methods of a part at their first call; of a policy or a model, those that
+    COMPILED names."""
+    names = names or next(names for kind, names in COMPILED.items() if isinstance(part, kind))
     for name in names:
         setattr(part, name, torch.compile(getattr(part, name), dynamic=False))
 

@@ -41,7 +41,7 @@ from model import MetaModel, explained, gaussian_nll
 from rollouts import EnvBuffer
 
 # Flags of M3PO that mean the same here, and this file's own (flags.py).
-SAME = "B z_dim fit_every model_lr model_decay model_batch beta_nll reward_weight".split()
+SAME = "B z_dim fit_every model_lr model_decay model_batch beta_nll reward_weight compile".split()
 DEFAULTS = dict(fit_every=1_000, fit_steps=300, model_batch=64, J=10, infer_rate=0.3, horizon=15,
                 candidates=200, elites=20)
 BY_ENV = {"point-fwd-bwd": dict(N=10, fit_every=200, fit_steps=200, model_lr=3e-3, horizon=5,
@@ -68,6 +68,10 @@ def main(args, env, state=None):
     players = make_players(args, lambda: build(args, env, "cpu"))  # first, for it forks
     speed.set_threads(args)
     planner, D_env, progress = begin(args, env, state)
+    if speed.pays(args, args.horizon) and speed.compiler_works(args.device):
+        speed.compile_methods(planner.model, "step")
+        if args.device == "cpu":  # as evaluation's is; other processes play their share eager
+            speed.compile_methods(players.own.policy.model, "step")
     log = Log(args, env, progress)
     save = lambda: checkpoint.save(args, progress, policy=planner, D_env=D_env)
 
@@ -172,6 +176,13 @@ class LatentModel(nn.Module):
     def means(self, obs, actions, z):
         """As predict, but the mean alone, which planning goes by."""
         return self.ensemble.net(None, None, self.inputs(obs, actions, z))[..., :self.obs_dim + 1]
+
+    def step(self, obs, actions, z):
+        """r [B, n], -inf where something is not finite, and o' [B, n, O]: the means of each member
+        for obs and z of its own [B, n, ...] and actions [n, A]."""
+        mean = self.means(obs, actions.expand(len(obs), -1, -1), z)
+        y = mean * self.ensemble.target_std + self.ensemble.target_mean
+        return torch.where(torch.isfinite(y).all(-1), y[..., 0], -torch.inf), obs + y[..., 1:]
 
     def inputs(self, obs, actions, z):
         """As the ensemble reads them."""
@@ -340,10 +351,7 @@ class Planner(nn.Module):
         obs, z = each(obs), each(z)
         total, alive = obs.new_zeros(B, n * N), obs.new_ones(B, n * N, dtype=torch.bool)
         for actions in plans.flatten(0, 1).unbind(1):  # H times [n N, A]
-            mean = self.model.means(obs, actions.expand(B, -1, -1), z)
-            y = mean * self.model.ensemble.target_std + self.model.ensemble.target_mean
-            obs = obs + y[..., 1:]
-            reward = torch.where(torch.isfinite(y).all(-1), y[..., 0], -torch.inf)
+            reward, obs = self.model.step(obs, actions, z)
             total += torch.where(alive, reward, 0.0)
             alive &= ~self.terminated_fn(obs)
         return total.mean(0).view(n, N)

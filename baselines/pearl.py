@@ -49,7 +49,7 @@ from policy import LOGGED, MetaPolicy
 from rollouts import Batch, EnvBuffer
 
 # The command line: flags.py. L is the number of transitions in c, lineage: oyster, PEARL's code.
-SAME = "G z_dim batch_size lr tau alpha target_entropy layer_norm reward_scale".split()
+SAME = "G z_dim batch_size lr tau alpha target_entropy layer_norm reward_scale compile".split()
 DEFAULTS = dict(kl_weight=0.1, keep=0.5)  # lineage; ours
 BY_ENV = {}
 REFRESH_EVERY = 250  # env steps, as often as M3PO takes new statistics on robots
@@ -68,6 +68,9 @@ def main(args, env, state=None):
     players = make_players(args, lambda: build(args, env, "cpu"))  # first, for it forks
     speed.set_threads(args)
     policy, D_env, progress = begin(args, env, state)
+    if speed.pays(args, args.G) and speed.compiler_works(args.device):
+        speed.compile_methods(policy.sac)
+        speed.compile_methods(policy, "infer")
     log = Log(args, env, progress)
     save = lambda: checkpoint.save(args, progress, policy=policy, D_env=D_env)
 

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import random
+import shutil
 
 import gymnasium as gym
 import numpy as np
@@ -218,6 +219,10 @@ def run(out, *flags):
 def resume_run(folder, *flags):
     assert m3po.main(*parse("--resume", folder, *flags)) is None
     return folder
+
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")),
+                                    reason="no C++ compiler")
 
 
 def read_rows(folder, name="progress.csv"):

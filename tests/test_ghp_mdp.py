@@ -11,7 +11,8 @@ from baselines import ghp_mdp
 from baselines.ghp_mdp import LatentModel, Planner
 from envs import never
 from rollouts import EnvBuffer
-from tests.conftest import assert_same_run, constant_heads, random_batch, read_rows
+from tests.conftest import (assert_same_run, constant_heads, needs_compiler, random_batch,
+                            read_rows)
 
 
 class LinearModel(LatentModel):
@@ -346,6 +347,13 @@ def test_a_tiny_run_trains_every_part_logs_it_and_can_be_loaded(tmp_path):
     untrained = ghp_mdp.build(args, env, "cpu")
     for name, weight in untrained.named_parameters():
         assert not torch.equal(weight, dict(planner.named_parameters())[name]), name
+
+
+@needs_compiler
+def test_a_compiled_run_is_the_eager_one_up_to_rounding(tmp_path):
+    eager, compiled = (read_rows(run(tmp_path / on, "--compile", on))[-1] for on in ("off", "on"))
+    for name in ("model_loss", "model_explained_reward", "eval_return_mean"):
+        assert float(compiled[name]) == pytest.approx(float(eager[name]), rel=1e-3, abs=1e-4), name
 
 
 def test_more_elites_than_candidates_are_refused_in_one_line(tmp_path, capsys):

@@ -14,7 +14,7 @@ import play
 from baselines import pearl
 from policy import LOGGED
 from rollouts import Batch, EnvBuffer
-from tests.conftest import assert_same_run, random_batch
+from tests.conftest import assert_same_run, needs_compiler, random_batch, read_rows
 
 TINY = ["--N", "2", "--E", "40", "--G", "2", "--warmup", "40", "--width", "8", "--batch-size", "16",
         "--eval-episodes", "2"]
@@ -236,6 +236,14 @@ def test_a_run_names_its_method_and_fills_the_columns_it_shares(tmp_path):
     assert list(row)[-1] == "z_kl"
     assert figures.read_runs([folder])[0]["point-fwd-bwd"].keys() == {
         "PEARL"}  # what is different is in the title, with one run
+
+
+@needs_compiler
+def test_a_compiled_run_is_the_eager_one_up_to_rounding(tmp_path):
+    flags = "--E", 10, "--warmup", 10, "--L", 1, "--compile"  # ten updates, few slots
+    eager, compiled = (read_rows(run(tmp_path / on, *flags, on))[-1] for on in ("off", "on"))
+    for name in (*LOGGED, "z_kl", "eval_return_mean"):
+        assert float(compiled[name]) == pytest.approx(float(eager[name]), rel=1e-3, abs=1e-4), name
 
 
 def test_play_loads_its_agent_and_m3po_refuses_it(tmp_path, capsys):

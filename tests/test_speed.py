@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import shutil
 
 import pytest
 import torch
@@ -13,10 +12,10 @@ from model import MetaModel
 from policy import MetaPolicy
 from rollouts import Batch
 from speed import Graphed, compile_methods
-from tests.conftest import parse, random_batch, update_case
+from tests.conftest import needs_compiler, parse, random_batch, update_case
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+@needs_compiler
 def test_what_is_compiled_equals_the_eager_original():
     policy, _, noise = update_case()
     batch = random_batch(2, 2, L=1, B=32)  # the GRU's steps are unrolled: few compile sooner
