@@ -22,6 +22,9 @@ from policy import MetaPolicy
 from rollouts import Batch, EnvBuffer
 
 
+torch.set_num_threads(1)  # beside another job a second one waits, spinning, for most of the time
+
+
 @pytest.fixture(autouse=True)
 def same_draws_whatever_ran_before():
     torch.manual_seed(0)
