@@ -22,7 +22,8 @@ PROGRAMS = {
     "living variances, raw pitch": [NEW / f"{K2}-to-10k", *(NEW / f"{K2}-{name}" for name in (
         "noise-1.5", "stretched", "one-variance", "angles"))],
     "today's": [OLD / "m3po", *(NEW / f"m3po-{name}" for name in (
-        "reset", "reset-model-updates-4", "reset-k2", "beta-05", "beta-95", "retain-300")),
+        "reset", "reset-model-updates-4", "reset-k2", "beta-05", "beta-95", "retain-300",
+        "retain-1000")),
         NEW / "imagined-alone-screen", OLD / "recurrent-sac", NEW / "oracle-no-model"],
 }
 
