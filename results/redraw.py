@@ -31,8 +31,9 @@ def run(command):
 
 
 def main():
+    found = commands()
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each only waits for a process
-        for command, done in zip(commands(), pool.map(run, commands())):
+        for command, done in zip(found, pool.map(run, found)):
             print(f"\n$ {command}\n{done.stdout}", end="", flush=True)
             if done.returncode:
                 pool.shutdown(cancel_futures=True)
