@@ -5,12 +5,12 @@
     python experiments.py --envs ant-fwd-bwd halfcheetah-pier --methods m3po recurrent-sac pearl \\
         --seeds 0 1 2 -- --N 20 --width 128 --G 10    # 18 runs; what follows -- goes to each
     ... --dry-run                                     # what is done, what remains, how long
-    ... --table                                       # the tables of what is done, at once
+    ... --table                                       # the table of what is done, at once
     ... --print                                       # a command per run that remains
     ... --slurm                                       # what remains as one array job (slurm.py)
 
 OUT/ENV/METHOD/seedS is a run folder, OUT/ENV/METHOD/seedS.log what it printed, OUT/table.md the
-tables. Of a finished run RESULTS/ENV/METHOD/seedS keeps progress.csv, config.json and switches.csv:
+table. Of a finished run RESULTS/ENV/METHOD/seedS keeps progress.csv, config.json and switches.csv:
 a few kB for git. What is there is never run again, so another machine goes on with the rest. Stop
 it with Ctrl-C at any time; the same command goes on. A run that fails does not stop the others; it
 is named at the end, with its log. A grid of one run trains in this process, and that is what a
@@ -372,7 +372,7 @@ def build_parser():
                    help="say what is done, what remains and how long that will take; with --slurm"
                    " print the script")
     instead = p.add_mutually_exclusive_group()
-    instead.add_argument("--table", action="store_true", help="print the tables of what is done")
+    instead.add_argument("--table", action="store_true", help="print the table of what is done")
     instead.add_argument("--print", action="store_true",
                          help="print a command for each run that remains, one a line")
     instead.add_argument("--slurm", nargs="?", type=Path, metavar="TEMPLATE",

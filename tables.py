@@ -1,4 +1,4 @@
-"""The tables that experiments.py writes of its grid: one per env, a row per method, in markdown; of
+"""The table that experiments.py writes of its grid: a row per method, env by env, in markdown; of
 several envs one more, in which they share a scale.
 
 METHODS are the rows there may be. What stands in them was read from progress.csv and config.json of
@@ -191,23 +191,27 @@ def best_return(by_method, kept):
     return max((np.mean(values) for values in found if len(values) >= enough), default=math.nan)
 
 
-def table(runs, kept, env, zero, at_random):
-    """Markdown of the runs in one env; kept: {run folder: figures.Run}; the last two are of
-    play_references."""
+HEADER = """\
+Means over seeds, those of returns with Student's 95 % interval. Late: mean of the evaluations in \
+the last quarter of the steps. Half: half the way from random actions to the best method's late \
+return, the median over seeds. Early: as many steps after a switch as the row of the env says.
+
+| method | flags | final return | late | mean of all evaluations | 1,000 steps to half | right way \
+| reward per step, early after a switch / else | explained reward, held out | seeds |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def rows_of_env(runs, kept, env, zero, at_random):
+    """Rows of the runs in one env, under one that names it; kept: {run folder: figures.Run}; the
+    last two are of play_references."""
     by_method, usual = grouped(runs), runs[0]
     half = (at_random["eval_return_mean"] + best_return(by_method, kept)) / 2
-    return "\n".join([
-        f"`{usual.env}`, {usual.wanted['eval_episodes']} episodes after {steps(usual):,} env "
-        "steps; means over seeds, those of returns with Student's 95 % interval. Late: mean of the "
-        "evaluations in the last quarter of the steps. Half: half the way from random actions to "
-        f"the best method's late return, the median over seeds.{closed_form(env)}", "",
-        "| method | flags | final return | late | mean of all evaluations | 1,000 steps to half | "
-        f"right way | reward per step, first {early_steps(env)} after a switch / else | explained "
-        "reward, held out | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+    return [
+        f"| **`{usual.env}`**, {usual.wanted['eval_episodes']} episodes after {steps(usual):,} env "
+        f"steps; early: {early_steps(env)}.{closed_form(env)} |" + " |" * 9,
         *(row(twins, [kept[run.folder] for run in twins if run.folder in kept], usual, half)
           for twins in by_method.values()),
-        reference_row("zero action", zero), reference_row("random actions", at_random)]) + "\n"
+        reference_row("zero action", zero), reference_row("random actions", at_random)]
 
 
 def overview(runs, kept, played):
@@ -269,12 +273,11 @@ def tables(runs, kept, made, line, left_out):
     head = (f"`{line}`: {' and '.join(sorted(machines))}, median "
             f"{np.median([run.seconds() for run in kept.values()]):.0f} s per run; "
             f"{'; '.join(sorted(used))}; commits {commits(configs)}.")
-    parts, played = [], {}
+    rows, played = [], {}
     for name, env in made.items():
         of_env = [run for run in runs if run.env == name]
         references = play_references(of_env[0].wanted)
-        parts.append(table(of_env, kept, env, *references))
+        rows += rows_of_env(of_env, kept, env, *references)
         played[name] = [found["eval_return_mean"] for found in references]
-    if len(made) > 1:
-        parts.append(overview(runs, kept, played))
-    return "\n".join([" ".join([head, *left_out]) + "\n", *parts])
+    parts = [" ".join([head, *left_out]) + "\n", "\n".join([HEADER, *rows]) + "\n"]
+    return "\n".join([*parts, *([overview(runs, kept, played)] if len(made) > 1 else [])])

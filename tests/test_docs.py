@@ -64,6 +64,10 @@ def test_one_command_redraws_every_picture_and_table_of_the_results():
     assert {"python experiments.py --table"} < set(found)
     assert sum("results.compare" in command for command in found) > 2
     assert not any("redraw" in command for command in found)  # itself, without an end
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    printed = "\n".join(["After 1 step:", "", rows[0], "|---|", rows[1], rows[1] + " 1 |"])
+    assert redraw.in_document(printed) == "(2 of 3 rows are those of docs/RESULTS.md)\n"
+    assert redraw.in_document("written      images/a.png\n") == ""
     for command in found:  # of finished runs alone
         seeds = "/seed*" if "results.compare" in command else ""  # it names the folder of the seeds
         for pattern in re.findall(r"results/\S+", command):

@@ -100,8 +100,8 @@ def test_experiments_skip_what_is_finished_go_on_with_what_is_not_and_outlive_a_
     assert (out / "m3po/seed0/checkpoint.pt").stat().st_mtime_ns == before
     assert_same_run(out / "blind/seed0", run(tmp_path / "never_stopped", "--L", 0))
     table = (tmp_path / "out/table.md").read_text()
-    assert table in said and "95.04" in table and "first 12 after a switch" in table
-    rows = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert table in said and "95.04" in table and "early: 12" in table
+    rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
     assert [row.split(":")[0].split(" |")[0] for row in rows] == [
         "| M3PO", "| k=2", "| blind", "| zero action", "| random actions"]
     returns = [float(row["eval_return_mean"]) for row in read_rows(out / "m3po/seed0")]

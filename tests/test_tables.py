@@ -43,7 +43,7 @@ def test_who_repeats_the_way_that_paid_last_gets_the_closed_form():
     assert np.mean(returns) == pytest.approx(95.04, abs=4 * np.std(returns) / 20)
 
 
-def test_the_tables_of_many_envs_come_from_the_results_alone(tmp_path, capsys):
+def test_the_table_of_many_envs_comes_from_the_results_alone(tmp_path, capsys):
     for env, program, seed, returns in (
             ("point-fwd-bwd", "m3po", 0, (1, 4)), ("point-fwd-bwd", "m3po", 1, (1, 6)),
             ("point-fwd-bwd", "ghp_mdp", 1, (1, 8)), ("ant-fwd-bwd", "m3po", 0, (900, 950))):
@@ -61,8 +61,11 @@ def test_the_tables_of_many_envs_come_from_the_results_alone(tmp_path, capsys):
                              "ghp-mdp", "--seeds", "0", "1", "--results", str(tmp_path / "r"),
                              "--table"]) == 0
     said = capsys.readouterr().out
-    toy, ant = said.split("\n`ant-fwd-bwd`, 50 episodes after 200,000 env steps")
-    assert "`point-fwd-bwd`, 50 episodes after 3,000 env steps" in toy and "95.04" in toy
+    toy, ant = said.split("\n| **`ant-fwd-bwd`**, 50 episodes after 200,000 env steps; early: 50. |")
+    assert "\n| **`point-fwd-bwd`**, 50 episodes after 3,000 env steps; early: 12. The" in toy
+    assert "95.04" in toy and said.count("\n| method | flags |") == 1
+    rows = [line for line in said.split("All envs")[0].splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {11} and len(rows) == 2 + 2 * 5
     assert "| M3PO: the default | - | 5.0 [-7.7, 17.7] | 5.0 [-7.7, 17.7] | 3.0 [" in toy
     assert "after 2,000 env steps, evaluated every 400 | - | 8.0 | 8.0 | 4.5 | 2.0 |" in toy
     assert "| 1 |\n" in toy
