@@ -20,7 +20,8 @@ RESULTS = ROOT / "docs" / "RESULTS.md"
 def commands():
     """Those of RESULTS that draw into images/, print tables or compare, each once."""
     text = RESULTS.read_text(encoding="utf-8").replace("\n", " ")
-    draws, compares = r"[\w.]+ [^`]*(?:--out images/\S+|--table)", r"-m results\.(?!redraw)[^`]+"
+    draws = r"[\w.]+ [^`]*(?:--out images/\S+|--table[^`]*)"
+    compares = r"-m results\.(?!redraw)[^`]+"
     found = re.findall(f"`(python (?:{draws}|{compares}))`", text)
     return list(dict.fromkeys(found))
 

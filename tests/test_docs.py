@@ -61,7 +61,7 @@ def test_one_command_redraws_every_picture_and_table_of_the_results():
     pictures = set(re.findall(r"\]\(\.\./(images/[^)]*)\)", text))
     drawn = {command.split("--out ")[1] for command in found if "--out " in command}
     assert pictures - drawn == {"images/cheetah_strip.png"}  # which an agent plays
-    assert {"python experiments.py --table"} < set(found)
+    assert sum(command.startswith("python experiments.py --table") for command in found) > 1
     assert sum("results.compare" in command for command in found) > 2
     assert not any("redraw" in command for command in found)  # itself, without an end
     rows = [line for line in text.splitlines() if line.startswith("| ")]
