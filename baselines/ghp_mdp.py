@@ -43,9 +43,10 @@ from rollouts import EnvBuffer
 # Flags of M3PO that mean the same here, and this file's own (flags.py).
 SAME = "B z_dim fit_every model_lr model_decay model_batch beta_nll reward_weight compile".split()
 DEFAULTS = dict(fit_every=1_000, fit_steps=300, model_batch=64, J=10, infer_rate=0.3, horizon=15,
-                candidates=200, elites=20)
+                candidates=200, elites=20, std=1.0)
 BY_ENV = {"point-fwd-bwd": dict(N=10, fit_every=200, fit_steps=200, model_lr=3e-3, horizon=5,
-                               eval_every=2)}
+                               eval_every=2),
+          "ant-fwd-bwd": dict(std=0.5), "ant-crippled-leg": dict(std=0.5)}
 LOGGED = ("model_loss",)  # mean over the gradient steps of a fit
 AT_ONCE = 5  # episodes whose plans are scored together: 50 leave a core's cache, 1.6 times as slow
 
@@ -58,6 +59,7 @@ def add_flags(add):
     add("--horizon", type=count, metavar="STEPS", help="planned ahead")
     add("--candidates", type=count, metavar="PLANS", help="per CEM iteration and episode")
     add("--elites", type=count, metavar="PLANS", help="of these that the next iteration goes by")
+    add("--std", type=positive, metavar="STD", help="of the noise that a search starts with")
 
 
 def main(args, env, state=None):
@@ -122,8 +124,8 @@ def build(args, env, device):
     model = LatentModel(O, A, args.B, (args.width,) * 2, args.z_dim, args.J, args.infer_rate,
                         lr=args.model_lr, weight_decay=args.model_decay, beta_nll=args.beta_nll,
                         reward_weight=args.reward_weight, angles=args.angles)
-    return Planner(model, envs.terminated_fn(env), args.horizon, args.candidates,
-                   args.elites).to(device)
+    return Planner(model, envs.terminated_fn(env), args.horizon, args.candidates, args.elites,
+                   args.std).to(device)
 
 
 def load(folder, device="cpu"):
@@ -237,9 +239,10 @@ class LatentModel(nn.Module):
     def loss(self, batch, scored):
         """beta-NLL of the transitions of a Batch under z ~ q(z | its window).
 
-        scored [L + 1, n]: which of its tokens count: window *and* row. Then theta climbs the very
-        sum that q has climbed. Scored on the row alone, theta is never asked to explain a window by
-        the z that was fitted to it, and z stays noise: docs/DEVIATIONS.md.
+        scored [L + 1, n]: which of its tokens count: window *and* row. Then theta climbs the sum
+        that q has climbed, each term weighed by beta-NLL. Scored on the row alone, theta is never
+        asked to explain a window by the z that was fitted to it, and z stays noise:
+        docs/DEVIATIONS.md.
         """
         mu, sigma = self.infer(batch.tokens[:-1], batch.mask[:-1], batch.split(self.obs_dim)[0])
         z = (mu + sigma * torch.randn_like(mu)).expand(*scored.shape, -1)
@@ -287,10 +290,10 @@ class Planner(nn.Module):
     window begins an episode, and with it a plan of zeros; so for L = 0 every search starts there.
     """
 
-    def __init__(self, model, terminated_fn, H=15, candidates=200, elites=20, iterations=3,
-                 alpha=0.1, std=1.0):
-        """H: steps looked ahead. alpha: of mean and std that a CEM iteration keeps. std: that a
-        search starts with; smaller ones turn too slowly after a switch."""
+    def __init__(self, model, terminated_fn, H=15, candidates=200, elites=20, std=1.0,
+                 iterations=3, alpha=0.1):
+        """H: steps looked ahead. std: that a search starts with; smaller ones turn too slowly after
+        a switch. alpha: of mean and std that a CEM iteration keeps."""
         super().__init__()
         self.model, self.terminated_fn, self.act_dim = model, terminated_fn, model.act_dim
         self.H, self.candidates, self.elites = H, candidates, elites

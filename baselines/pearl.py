@@ -12,7 +12,7 @@ act and learn by soft actor-critic as if z were part of the observation. No mode
     gradient into the encoder: from the loss of Q and the KL to the prior; from pi's never
 
     paper               here                              shape                  file
-    c_n = (s, a, r, s') transitions(tokens, obs)          [L, B, O + A + 1 + O]  here
+    c_n = (s, a, r, s') scale_tokens: (o' - o, o, a, r)   [L, B, O + O + A + 1]  model.py
     c                   the window of h_t                 L of them, masked      rollouts.py
     Psi(z | c_n)        Pearl.encoder                     mean, variance [., Z]  here
     q(z | c), eq. (2)   product_of_gaussians              mean, variance [B, Z]  here
@@ -44,7 +44,7 @@ from checkpoint import Progress
 from flags import fraction, in_range
 from logs import Log, clock
 from m3po import act, make_players, open_agent, parse_args, real_step
-from model import HistoryNet, scale
+from model import HistoryNet, add_statistics, scale_tokens, use_statistics
 from policy import LOGGED, MetaPolicy
 from rollouts import Batch, EnvBuffer
 
@@ -105,13 +105,6 @@ def main(args, env, state=None):
 # ---- q(z | c) -----------------------------------------------------------------------------------
 
 
-def transitions(tokens, obs):
-    """(o, a, r, o') [L, B, O + A + 1 + O] from a window [L, B, O + A + 1] of tokens (o, a, r) and
-    the observation [B, O] after it: o' is the next token's o, at last obs."""
-    observations = torch.cat([tokens[..., :obs.shape[-1]], obs[None]])  # [L + 1, B, O]
-    return torch.cat([tokens, observations[1:]], -1)
-
-
 def product_of_gaussians(means, variances, mask):
     """Eq. (2): q(z | c), the normalised product of the factors [L, B, Z] where mask [L, B] is True,
     as mean and variance [B, Z]. Precisions add, and weigh the means. The prior N(0, I) is none of
@@ -138,20 +131,15 @@ class Pearl(nn.Module):
         self.obs_dim, self.act_dim, self.z_dim = O, A, z_dim
         self.kl_weight, self.keep = kl_weight, keep
         half = (max(widths[0] // 2, 1),) * 3  # lineage: 3 x 200 beside nets of width 300
-        both = [*angles, *(O + A + 1 + angle for angle in angles)]  # in o and in o'
-        self.register_buffer("angles", torch.tensor(both, dtype=torch.long), persistent=False)
-        self.encoder = HistoryNet(1, 0, O + A + 1 + O + len(both), 2 * z_dim, half)  # an MLP
+        self.encoder = HistoryNet(1, 0, O + len(angles) + O + A + 1, 2 * z_dim, half)  # an MLP
         self.sac = MetaPolicy(O + z_dim, A, token_dim=0, widths=widths, lr=lr, angles=angles, **sac)
         self.encoder_optimizer = torch.optim.Adam(self.encoder.parameters(), lr=lr, fused=True)
-        self.register_buffer("mean", torch.zeros(O + A + 1 + O))  # of a transition
-        self.register_buffer("std", torch.ones(O + A + 1 + O))
+        add_statistics(self, O, A, angles)
 
     def use_statistics(self, statistics):
         """Standardise by D_env.statistics() from now on; z, near its prior, is left as it is."""
-        O = self.obs_dim
-        mean, std = statistics["token_mean"], statistics["token_std"]
-        self.mean.copy_(torch.cat([mean, mean[:O]]))
-        self.std.copy_(torch.cat([std, std[:O]]))
+        use_statistics(self, statistics)
+        O, mean, std = self.obs_dim, self.token_mean, self.token_std
         self.sac.use_statistics({
             "token_mean": torch.cat([mean[:O], mean.new_zeros(self.z_dim), mean[O:]]),
             "token_std": torch.cat([std[:O], std.new_ones(self.z_dim), std[O:]])})
@@ -159,7 +147,7 @@ class Pearl(nn.Module):
     def infer(self, tokens, mask, obs):
         """q(z | c): mean and variance [B, Z]."""
         L, B = mask.shape
-        x = scale(transitions(tokens, obs), self.mean, self.std, self.angles)
+        x = scale_tokens(tokens, obs, self, changes=True)  # o', as what the step has changed
         x = torch.where(mask[..., None], x, 0.0)
         none = tokens[:0], mask[:0]  # the history of a blind net
         mean, spread = self.encoder(*none, x.flatten(0, 1))[0].unflatten(0, (L, B)).chunk(2, -1)

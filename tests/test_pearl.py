@@ -33,7 +33,9 @@ def run(out, *flags):
 def agent():
     agent = pearl.Pearl(2, 1, widths=(8, 8), z_dim=3, keep=1)
     agent.use_statistics({"token_mean": torch.tensor([1.0, -1, 0, 2]),
-                          "token_std": torch.tensor([2.0, 1, 0.5, 3])})
+                          "token_std": torch.tensor([2.0, 1, 0.5, 3]),
+                          "target_mean": torch.tensor([2, 0.1, -0.2]),
+                          "target_std": torch.tensor([3, 0.5, 2.0])})
     return agent
 
 
@@ -88,8 +90,11 @@ def test_the_posterior_agrees_with_a_loop_over_rows_and_real_transitions(agent):
         precision, weighted = torch.zeros(3), torch.zeros(3)
         for n in range(3):
             if batch.mask[n, b]:
-                x = torch.cat([batch.tokens[n, b], batch.tokens[n + 1, b, :2]])  # (o, a, r, o')
-                x = ((x - agent.mean) / agent.std).clamp(-10, 10)[None]
+                token = batch.tokens[n, b]
+                change = batch.tokens[n + 1, b, :2] - token[:2]
+                change = (change - agent.target_mean[1:]) / agent.target_std[1:]
+                token = (token - agent.token_mean) / agent.token_std
+                x = torch.cat([change, token]).clamp(-10, 10)[None]  # (o' - o, o, a, r)
                 none = torch.zeros(0, 1, 4), torch.zeros(0, 1).bool()
                 m, s = agent.encoder(*none, x)[0, 0].split(3)
                 precision += 1 / torch.nn.functional.softplus(s)
@@ -108,19 +113,21 @@ def test_the_divergence_is_that_of_torch_distributions():
 
 
 def test_a_rows_own_transition_is_not_in_its_context(agent):
-    """Every reward is the number of its row, also as o' of the row before: what z is inferred from
-    ends one before the row, within its episode."""
+    """Every reward is the number of its row, and o' of a row the next one's o: what z is inferred
+    from ends one before the row, within its episode."""
     D_env = EnvBuffer(100, 2, 1, L=3)
     for i in range(20):  # episodes of 7
-        D_env.add([i, 0], [0], i, [i + 1, 0], False, (i + 1) % 7 == 0)
+        D_env.add([i**2, 0], [0], i, [(i + 1)**2, 0], False, (i + 1) % 7 == 0)
     rows = torch.arange(20)
     tokens, mask, obs = agent.context(D_env.batch(rows))
-    seen = pearl.transitions(tokens, obs)  # (o, a, r, o'): columns 0 and 3, 4
+    as_it_is = pearl.Pearl(2, 1)  # it has not been told any statistics
+    seen = pearl.scale_tokens(tokens / 100, obs / 100, as_it_is, changes=True) * 100
     for b in rows.tolist():
-        ids = [int(seen[n, b, 3]) for n in range(3) if mask[n, b]]
+        ids = [round(seen[n, b, 5].item()) for n in range(3) if mask[n, b]]
         first = max(b - 3, b // 7 * 7)
         assert ids == list(range(first, b))
-        assert [int(seen[n, b, 4]) for n in range(3) if mask[n, b]] == [i + 1 for i in ids]
+        assert [round(seen[n, b, 0].item()) for n in range(3) if mask[n, b]] == [
+            (i + 1)**2 - i**2 for i in ids]
     changed = D_env.batch(rows)
     changed.tokens[-1, :, 2:] += 5  # the row's own action and reward
     changed.next_obs.add_(5)
@@ -195,7 +202,8 @@ def test_q_and_pi_see_o_and_z_and_the_target_the_same_z_at_the_next_observation(
     assert torch.equal(actions, batch.tokens[-1, :, 2:3])
     assert torch.equal(rewards, batch.tokens[-1, :, 3]) and len(blind.tokens) == 1
     shown = agent.sac.standardise(blind.tokens, obs)[1]
-    assert torch.allclose(shown[:, :2], (batch.tokens[-1, :, :2] - agent.mean[:2]) / agent.std[:2])
+    expected = (batch.tokens[-1, :, :2] - agent.token_mean[:2]) / agent.token_std[:2]
+    assert torch.allclose(shown[:, :2], expected)
     assert torch.equal(shown[:, 2:], z)  # z is left as it is
 
 
