@@ -22,6 +22,7 @@ from evaluation import Group, early_steps, evaluate, summarise
 
 
 REFERENCE_EPISODES = 20  # of the zero action and of random ones
+CURVE = 5  # evaluations, of which fewer say nothing of how fast a run learned
 
 
 class Method(NamedTuple):
@@ -127,7 +128,8 @@ def late_return(run):
 
 def row(runs, kept, usual, half):
     """A method's row: its runs of the grid in one env, and what is kept of those that ended. usual:
-    a run of the first row, from which this one may differ in its length or evaluations."""
+    a run of the first row, from which this one may differ in its length or evaluations; where
+    these are fewer than CURVE, columns about the whole curve stay empty."""
     def mean(column):
         return text(figures.known_mean(np.array(
             [run.progress.get(column, [math.nan])[-1] for run in kept])))
@@ -136,12 +138,13 @@ def row(runs, kept, usual, half):
     less = f", after {steps(runs[0]):,} env steps" if steps(runs[0]) != steps(usual) else ""
     seldom = f", evaluated every {every:,}" if (every := between(runs[0])) != between(usual) else ""
     shown = lambda values: figures.with_interval(values) if values else "-"
+    curves = kept if steps(runs[0]) >= CURVE * between(runs[0]) else []
     return "| " + " | ".join([
         f"{method.label}: {method.shows}{less}{seldom}",
         f"`{method.flags}`" if method.flags else "-",
         shown([values[-1] for values in returns]), shown([late_return(run) for run in kept]),
-        shown([values.mean() for values in returns]),
-        reached(kept, half), mean("eval_right_way"),
+        shown([run.curve("eval_return_mean")[1].mean() for run in curves]), reached(curves, half),
+        mean("eval_right_way"),
         mean("eval_reward_after_switch") + " / " + mean("eval_reward_otherwise"),
         mean("model_explained_reward"),
         " ".join(str(run.flags["seed"]) for run in kept) or "-"]) + " |"
@@ -195,7 +198,8 @@ def best_return(by_method, kept):
 HEADER = """\
 Means over seeds, those of returns with Student's 95 % interval. Late: mean of the evaluations in \
 the last quarter of the steps. Half: half the way from random actions to the best method's late \
-return, the median over seeds. Early: as many steps after a switch as the row of the env says.
+return, the median over seeds. Early: as many steps after a switch as the row of the env says. \
+"-": has not ended, does not exist or, of whole curves, less than five evaluations.
 
 | method | flags | final return | late | mean of all evaluations | 1,000 steps to half | right way \
 | reward per step, early after a switch / else | explained reward, held out | seeds |

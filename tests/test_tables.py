@@ -203,6 +203,15 @@ def test_a_comparison_without_a_run_says_so_in_one_line(tmp_path, capsys):
         assert re.fullmatch(f".*results.compare: error: .*{says}\n", capsys.readouterr().err)
 
 
+def test_two_evaluations_are_no_learning_curve(tmp_path):
+    folder, method = tmp_path / "seed0", tables.METHODS["l2a"]
+    kept = [figures.read_run(fake_run(folder, (3, 8), steps=(10_000, 20_000)))]
+    for every, shown in ((10, "| 8.0 | 8.0 | - | - |"), (4, "| 8.0 | 8.0 | 5.5 | 20.0 |")):
+        wanted = {"N": 20, "E": 1_000, "eval_every": every}
+        run = Namespace(method=method, wanted=wanted)
+        assert shown in tables.row([run], kept, run, 5)
+
+
 def test_half_the_way_is_reached_at_the_first_evaluation_that_is_there(tmp_path):
     kept = [figures.read_run(fake_run(tmp_path / name, returns, steps=(2_000, 4_000, 6_000)))
             for name, returns in (("a", (1, 5, 2)), ("b", (1, 2, 6)), ("c", (1, 2, 3)))]
