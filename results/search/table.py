@@ -24,7 +24,8 @@ PROGRAMS = {
     "today's": [OLD / "m3po", *(NEW / f"m3po-{name}" for name in (
         "reset", "reset-model-updates-4", "reset-k2", "beta-05", "beta-95", "retain-300",
         "retain-1000")),
-        NEW / "imagined-alone-screen", OLD / "recurrent-sac", NEW / "oracle-no-model"],
+        NEW / "imagined-alone-screen", OLD / "k5", OLD / "m3po-h", OLD / "recurrent-sac",
+        OLD / "oracle", NEW / "oracle-no-model"],
 }
 
 
