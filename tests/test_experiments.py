@@ -13,7 +13,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import envs
@@ -21,6 +20,7 @@ import experiments
 import figures
 import logs
 import m3po
+import tables
 from tests.conftest import TINY, assert_refused, assert_same_run, fake_run, read_rows, run
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +106,8 @@ def test_experiments_skip_what_is_finished_go_on_with_what_is_not_and_outlive_a_
         "| M3PO", "| k=2", "| blind", "| zero action", "| random actions"]
     returns = [float(row["eval_return_mean"]) for row in read_rows(out / "m3po/seed0")]
     way = float(read_rows(out / "m3po/seed0")[-1]["eval_right_way"])
-    assert f"| {returns[-1]:.1f} | {returns[-1]:.1f} | {np.mean(returns):.1f} | " in rows[0]
+    late = f"| {returns[-1]:.1f} | {returns[-1]:.1f} | - | - | "  # so few make no curve
+    assert late in rows[0] and len(returns) < tables.CURVE
     assert rows[0].split(" | ")[6] == f"{way:.2f}"
     assert rows[1].endswith("| `--k 2` | - | - | - | - | - | - / - | - | - |")
 
