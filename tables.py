@@ -199,7 +199,7 @@ HEADER = """\
 Means over seeds, those of returns with Student's 95 % interval. Late: mean of the evaluations in \
 the last quarter of the steps. Half: half the way from random actions to the best method's late \
 return, the median over seeds. Early: as many steps after a switch as the row of the env says. \
-"-": has not ended, does not exist or, of whole curves, less than five evaluations.
+"-": has not ended, does not exist or, of whole curves, has fewer than five evaluations.
 
 | method | flags | final return | late | mean of all evaluations | 1,000 steps to half | right way \
 | reward per step, early after a switch / else | explained reward, held out | seeds |
