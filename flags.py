@@ -102,7 +102,7 @@ def default_warmup(flags):
 def completed(flags):
     """Those of a run in a config.json, also of an older program: a flag that did not exist then was
     off, which is false, none, empty, or a factor of 1."""
-    off = {"method": "m3po", "reward_scale": 1.0, "angles": []}
+    off = {"method": "m3po", "reward_scale": 1.0, "std": 1.0, "angles": []}
     return {name: off.get(name, False if isinstance(value, bool) else None) for name, value
             in defaults(flags["env"], flags.get("method", "m3po")).items()} | flags
 

@@ -112,6 +112,7 @@ def test_the_cheetahs_pitch_is_an_angle_and_no_angles_is_a_value_too():
     assert literal.angles == [] and flags.differences(vars(literal)) == {"angles": []}
     older = {name: value for name, value in vars(literal).items() if name != "angles"}
     assert flags.completed(older)["angles"] == []  # of a run from before the flag
+    assert flags.completed({"env": "ant-fwd-bwd", "method": "ghp_mdp"})["std"] == 1
 
 
 def test_the_default_warmup_is_at_most_half_the_run_and_no_difference():
