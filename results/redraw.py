@@ -17,12 +17,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "RESULTS.md"
 
 
-def commands():
-    """Those of RESULTS that draw into images/, print tables or compare, each once."""
-    text = RESULTS.read_text(encoding="utf-8").replace("\n", " ")
+def commands(text):
+    """Those in RESULTS that draw into images/, print tables or compare, each once."""
     draws = r"[\w.]+ [^`]*(?:--out images/\S+|--table[^`]*)"
     compares = r"-m results\.(?!redraw)[^`]+"
-    found = re.findall(f"`(python (?:{draws}|{compares}))`", text)
+    found = re.findall(f"`(python (?:{draws}|{compares}))`", text.replace("\n", " "))
     return list(dict.fromkeys(found))
 
 
@@ -33,18 +32,21 @@ def run(command):
                           stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def in_document(printed):
-    """A line that says how many of the table rows in `printed` stand in RESULTS; "" without any."""
-    has = set(RESULTS.read_text(encoding="utf-8").splitlines())
-    rows = [line in has for line in printed.splitlines() if line.startswith("| ")]
+def in_document(printed, text):
+    """A line that says how many table rows of `printed` stand in RESULTS, its text; "" if none is
+    printed."""
+    lines = set(text.splitlines())
+    rows = [line in lines for line in printed.splitlines() if line.startswith("| ")]
     return f"({sum(rows)} of {len(rows)} rows are those of docs/RESULTS.md)\n" if rows else ""
 
 
 def main():
-    found = commands()
+    text = RESULTS.read_text(encoding="utf-8")
+    found = commands(text)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # each only waits for a process
         for command, done in zip(found, pool.map(run, found)):
-            print(f"\n$ {command}\n{done.stdout}{in_document(done.stdout)}", end="", flush=True)
+            said = done.stdout + in_document(done.stdout, text)
+            print(f"\n$ {command}\n{said}", end="", flush=True)
             if done.returncode:
                 pool.shutdown(cancel_futures=True)
                 sys.exit(done.returncode)

@@ -57,7 +57,8 @@ def test_the_readmes_figure_can_be_drawn_in_a_fresh_clone():
 
 
 def test_one_command_redraws_every_picture_and_table_of_the_results():
-    found, text = redraw.commands(), (ROOT / "docs" / "RESULTS.md").read_text()
+    text = (ROOT / "docs" / "RESULTS.md").read_text()
+    found = redraw.commands(text)
     pictures = set(re.findall(r"\]\(\.\./(images/[^)]*)\)", text))
     drawn = {command.split("--out ")[1] for command in found if "--out " in command}
     assert pictures - drawn == {"images/cheetah_strip.png"}  # which an agent plays
@@ -66,8 +67,8 @@ def test_one_command_redraws_every_picture_and_table_of_the_results():
     assert not any("redraw" in command for command in found)  # itself, without an end
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     printed = "\n".join(["After 1 step:", "", rows[0], "|---|", rows[1], rows[1] + " 1 |"])
-    assert redraw.in_document(printed) == "(2 of 3 rows are those of docs/RESULTS.md)\n"
-    assert redraw.in_document("written      images/a.png\n") == ""
+    assert redraw.in_document(printed, text) == "(2 of 3 rows are those of docs/RESULTS.md)\n"
+    assert redraw.in_document("written      images/a.png\n", text) == ""
     for command in found:  # of finished runs alone
         seeds = "/seed*" if "results.compare" in command else ""  # it names the folder of the seeds
         for pattern in re.findall(r"results/\S+", command):
