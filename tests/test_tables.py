@@ -14,6 +14,7 @@ import m3po
 import tables
 from flags import differences
 from results import compare
+from results.search import table as search_table
 from tests.conftest import fake_run
 
 
@@ -139,7 +140,7 @@ def test_a_late_return_is_of_the_last_quarter_of_the_steps(tmp_path):
     assert tables.late_return(seldom) == 8
 
 
-def test_a_variant_stands_beside_its_control_with_welchs_interval(tmp_path, capsys):
+def test_a_variant_stands_beside_its_control_seed_by_seed(tmp_path, capsys):
     low, high = (2.0, 4.0, 9.0), (11.0, 12.0, 10.0, 14.0)  # means of the last five of six
     for name, means, flags in (("control", low, {}),
                                ("more", high, {"G": 20, "token_changes": False})):
@@ -154,13 +155,14 @@ def test_a_variant_stands_beside_its_control_with_welchs_interval(tmp_path, caps
     assert "| control | - | 0 1 2 | 2.0, 4.0, 9.0 | 5.0 [-4.0, 14.0] | - | " in control
     assert "| 20.7 [13.2, 28.1] | - | - | unknown |" in control  # of six evaluations, one of 99
     assert "| more | `--G 20 --no-token-changes` | 0 1 2 3 (1 shorter) | 11.0, 12.0, 10.0, " in more
-    # By hand: s^2 / n of each, Welch and Satterthwaite's degrees of freedom, t from a table.
-    a, b = 13 / 3, (35 / 12) / 4
-    df = (a + b) ** 2 / (a**2 / 2 + b**2 / 3)
-    assert 2.6 < df < 2.7
-    half = 3.42 * (a + b) ** 0.5  # t of .975 at 2.66, between 4.30 at 2 and 3.18 at 3
-    shown = [float(number) for number in more.split("+6.8 [")[1].split("]")[0].split(", ")]
-    assert shown == pytest.approx([6.75 - half, 6.75 + half], abs=0.6)
+    # By hand, of the seeds that both have: 9, 8 and 1; t of .975 at 2 degrees of freedom is 4.303.
+    half = 4.303 * ((9 + 4 + 25) / 2 / 3) ** 0.5
+    assert f"| +6.0 [{6 - half:.1f}, {6 + half:.1f}] |" in more
+    # Without a seed in common nothing can be taken away.
+    (tmp_path / "other").mkdir()
+    fake_run(tmp_path / "other" / "seed7", range(1, 7), 7)
+    compare.main([str(tmp_path / "control"), str(tmp_path / "other")])
+    assert "| other | - | 7 | 4.0 | 4.0 | - | 3.5 | - | - |" in capsys.readouterr().out
     # Until 3,000 steps there are three evaluations, 99, m - 2 and m - 1.
     compare.main([str(tmp_path / "control"), str(tmp_path / "more"), "--until", "3000"])
     assert "| 33.3, 34.7, 38.0 |" in capsys.readouterr().out
@@ -181,6 +183,18 @@ def test_a_variant_stands_beside_its_control_with_welchs_interval(tmp_path, caps
     said = capsys.readouterr().out
     assert "| m2po | `--model mlp --beta 0.5` | 0 |" in said
     assert "| control | `--beta 0.5` | 0 1 2 |" in said
+
+
+def test_what_seeds_share_is_tested_as_by_hand():
+    table = np.array([[100.0, 500, 600], [200, 700, 900]])  # variants x seeds
+    fake = [Namespace(last_five=row, seeds=[0, 1, 2]) for row in table]
+    grand, rows, seeds = table.mean(), table.mean(1, keepdims=True), table.mean(0, keepdims=True)
+    within, left = ((table - rows) ** 2).sum(), ((table - rows - seeds + grand) ** 2).sum()
+    F = ((within - left) / 2) / (left / 2)
+    said = search_table.shared_by_seeds(fake)
+    assert f"differ by {(within / 4) ** 0.5:.0f} (standard deviation)" in said
+    assert f"by {(left / 2) ** 0.5:.0f} without what" in said
+    assert f"F(2, 2) = {F:.1f}, p = {1 / (1 + F):.1g}." in said  # of 2 and 2 degrees of freedom
 
 
 def test_a_comparison_shows_flags_as_they_are_typed():

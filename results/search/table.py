@@ -4,10 +4,13 @@
 
 All after 10,000 env steps, from the CSVs in results/. Runs of three programs cannot be compared
 with each other, so each has its own control: docs/RESULTS.md says what lies between them. What
-the columns mean: results/compare.py.
+the columns mean: results/compare.py. Under the table: what runs of one seed have in common.
 """
 
 from pathlib import Path
+
+import numpy as np
+from scipy import stats
 
 from results.compare import HEADER, Variant, print_rows, read_seeds
 
@@ -29,11 +32,33 @@ PROGRAMS = {
 }
 
 
+def shared_by_seeds(variants):
+    """A line: does a seed do well or badly whatever the setting? The last fives are fitted by a
+    mean per variant, then also by a number per seed, and the F test says whether that is more than
+    chance would give it."""
+    y = np.concatenate([v.last_five for v in variants])
+    seeds = np.concatenate([v.seeds for v in variants])
+    rows = np.repeat(np.arange(len(variants)), [len(v.seeds) for v in variants])
+    one_hot = lambda labels: (labels[:, None] == np.unique(labels)).astype(float)
+    squares = {}
+    for name, x in (("rows", one_hot(rows)), ("both", np.hstack([one_hot(rows), one_hot(seeds)]))):
+        fit, _, rank, _ = np.linalg.lstsq(x, y, rcond=None)
+        squares[name] = ((y - x @ fit) ** 2).sum(), len(y) - rank
+    (rows_sum, rows_df), (sum_, df) = squares["rows"], squares["both"]
+    F = (rows_sum - sum_) / (rows_df - df) / (sum_ / df)
+    return (f"Within a row, seeds differ by {(rows_sum / rows_df) ** .5:.0f} (standard deviation), "
+            f"by {(sum_ / df) ** .5:.0f} without what all runs of a seed have in common: "
+            f"F({rows_df - df}, {df}) = {F:.1f}, p = {stats.f.sf(F, rows_df - df, df):.1g}.")
+
+
 def main():
     print(HEADER)
     for program, folders in PROGRAMS.items():
         print(f"| **{program}** |" + " |" * (HEADER.splitlines()[0].count("|") - 2))
-        print_rows(*(Variant(folder, read_seeds(folder), UNTIL) for folder in folders))
+        variants = [Variant(folder, read_seeds(folder), UNTIL) for folder in folders]
+        print_rows(*variants)
+    print("\nToday's rows with a model:",
+          shared_by_seeds([v for v in variants if v.runs[0].flags["beta"] > 0]))
 
 
 if __name__ == "__main__":
