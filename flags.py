@@ -290,7 +290,7 @@ M3PO: meta-model-based meta-policy optimization (Hiraoka et al., ACML 2021), Alg
         help="longest episode in training, 0: the env's, by which those of evaluation end",
         shows="the env's; cheetahs and ants 250")
     add("--eval-episodes", type=natural, metavar="EPISODES", help="per evaluation")
-    add("--eval-every", type=count, metavar="EPOCHS", help="between evaluations")
+    add("--eval-every", type=count, metavar="EPOCHS", help="between evaluations; the last has one")
     add("--diagnose-every", type=natural, metavar="EPOCHS",
         help="between measurements of model error by depth and eps_pi; 0 never")
     add("--checkpoint-every", type=count, metavar="EPOCHS", help="between checkpoints")

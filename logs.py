@@ -166,7 +166,7 @@ class Log:
         args, progress = self.args, self.progress
         epoch = progress.epoch + 1
         row = {"epoch": epoch, "global_step": progress.step}
-        if args.eval_episodes and epoch % args.eval_every == 0:
+        if args.eval_episodes and (epoch % args.eval_every == 0 or epoch == args.N):
             row |= self.evaluate(policy, players, epoch)
         self.write(row | columns)
         progress.next_epoch()

@@ -43,7 +43,7 @@ from rollouts import EnvBuffer
 # Flags of M3PO that mean the same here, and this file's own (flags.py).
 SAME = "B z_dim fit_every model_lr model_decay model_batch beta_nll reward_weight compile".split()
 DEFAULTS = dict(fit_every=1_000, fit_steps=300, model_batch=64, J=10, infer_rate=0.3, horizon=15,
-                candidates=200, elites=20, std=1.0)
+                candidates=200, elites=20, std=1.0, eval_every=20)
 BY_ENV = {"point-fwd-bwd": dict(N=10, fit_every=200, fit_steps=200, model_lr=3e-3, horizon=5,
                                eval_every=2),
           "ant-fwd-bwd": dict(std=0.5), "ant-crippled-leg": dict(std=0.5)}

@@ -49,10 +49,11 @@ LOGGED = ("meta_loss", "unadapted_loss")  # of a fit: of the K steps, at theta' 
 
 SAME = ["fit_every", "model_lr", "reward_weight"]
 DEFAULTS = dict(fit_every=250, fit_steps=400, windows=32, K=10, inner_rate=0.3, H=10,
-                candidates=500, sigma=0.8, smoothing=0.7, kappa=10.0)
+                candidates=500, sigma=0.8, smoothing=0.7, kappa=10.0, eval_every=10)
 ANT = dict(kappa=1.0, inner_rate=0.1)
-BY_ENV = {"point-fwd-bwd": dict(fit_every=200, K=3, H=5, smoothing=1.0), "ant-fwd-bwd": ANT,
-          "ant-crippled-leg": ANT, "walker2d-randomparams": dict(inner_rate=0.1)}
+BY_ENV = {"point-fwd-bwd": dict(fit_every=200, K=3, H=5, smoothing=1.0, eval_every=1),
+          "ant-fwd-bwd": ANT, "ant-crippled-leg": ANT,
+          "walker2d-randomparams": dict(inner_rate=0.1)}
 
 
 def add_flags(add):

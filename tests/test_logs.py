@@ -144,6 +144,11 @@ def test_without_an_evaluation_the_return_of_the_training_episodes_is_shown(tmp_
         assert f"training return {float(row['train_return_mean']):7.1f}" in line
 
 
+def test_the_last_epoch_is_evaluated_however_seldom_the_others_are(tmp_path):
+    out = run(tmp_path / "a", "--N", 3, "--eval-every", 2)
+    assert [bool(row["eval_return_mean"]) for row in read_rows(out)] == [False, True, True]
+
+
 def test_a_model_that_is_not_fitted_explains_nothing_on_the_screen(tmp_path, capsys):
     run(tmp_path / "a", "--beta", 0)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
