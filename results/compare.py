@@ -38,7 +38,7 @@ def typed(name, value):
 
 def read_seeds(folder):
     """The runs in a folder of seeds."""
-    runs = sorted(map(read_run, folder.glob("seed*")), key=lambda run: run.flags["seed"])
+    runs = sorted(map(read_run, folder.glob("seed*/")), key=lambda run: run.flags["seed"])
     if not runs:
         raise FigureError(f"{folder} holds no seed")
     return runs

@@ -149,6 +149,7 @@ def test_a_variant_stands_beside_its_control_seed_by_seed(tmp_path, capsys):
             fake_run(tmp_path / name / f"seed{seed}", (99, *(mean + i for i in range(-2, 3))), seed,
                      **flags)
     fake_run(tmp_path / "more" / "seed10", (99, 99), 10, G=20)
+    (tmp_path / "more" / "seed10.lock").touch()  # as experiments.py leaves them
     compare.main([str(tmp_path / "control"), str(tmp_path / "more")])
     said, _, _, _, control, more = capsys.readouterr().out.splitlines()
     assert said == "After 6,000 env steps:"
