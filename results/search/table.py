@@ -26,9 +26,9 @@ PROGRAMS = {
         "noise-1.5", "stretched", "one-variance", "angles"))],
     "today's": [OLD / "m3po", *(NEW / f"m3po-{name}" for name in (
         "reset", "reset-model-updates-4", "reset-k2", "beta-05", "beta-95", "retain-300",
-        "retain-1000")),
+        "retain-1000", "G-40")),
         NEW / "imagined-alone-screen", OLD / "k5", OLD / "m3po-h", OLD / "recurrent-sac",
-        OLD / "oracle", NEW / "oracle-no-model"],
+        NEW / "recurrent-sac-G-40", OLD / "oracle", NEW / "oracle-no-model"],
 }
 
 
