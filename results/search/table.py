@@ -46,8 +46,9 @@ def shared_by_seeds(variants):
         squares[name] = ((y - x @ fit) ** 2).sum(), len(y) - rank
     (rows_sum, rows_df), (sum_, df) = squares["rows"], squares["both"]
     F = (rows_sum - sum_) / (rows_df - df) / (sum_ / df)
-    return (f"Within a row, seeds differ by {(rows_sum / rows_df) ** .5:.0f} (standard deviation), "
-            f"by {(sum_ / df) ** .5:.0f} without what all runs of a seed have in common: "
+    spread, rest = (rows_sum / rows_df) ** 0.5, (sum_ / df) ** 0.5
+    return (f"Within a row, seeds differ by {spread:.0f} (standard deviation), "
+            f"by {rest:.0f} without what all runs of a seed have in common: "
             f"F({rows_df - df}, {df}) = {F:.1f}, p = {stats.f.sf(F, rows_df - df, df):.1g}.")
 
 
@@ -57,8 +58,9 @@ def main():
         print(f"| **{program}** |" + " |" * (HEADER.splitlines()[0].count("|") - 2))
         variants = [Variant(folder, read_seeds(folder), UNTIL) for folder in folders]
         print_rows(*variants)
-    print("\nToday's rows with a model:",
-          shared_by_seeds([v for v in variants if v.runs[0].flags["beta"] > 0]))
+    # The last program is today's.
+    with_model = [v for v in variants if v.runs[0].flags["beta"] > 0]
+    print("\nToday's rows with a model:", shared_by_seeds(with_model))
 
 
 if __name__ == "__main__":
